@@ -1,0 +1,151 @@
+//! What a database worker and the gateway say to each other over their link (a Unix socket inside the data directory).
+//! Frames: a little-endian u32 length, then that many bytes of postcard. Both sides are this very library, but a link
+//! may still meet an older process during an upgrade, so the first message carries [`VERSION`].
+
+use super::channel::Channel;
+use super::notification::Notification;
+use super::position::Position;
+use serde::{Deserialize, Serialize};
+
+/// Version of the messages below; a peer with another one is hung up on and comes back after its restart.
+pub const VERSION: u32 = 1;
+
+/// Where the gateway listens for links, relative to the data directory (every PostgreSQL process's working directory).
+/// `pg_stat_tmp` is emptied at start and left out of base backups.
+pub const SOCKET_PATH: &str = "pg_stat_tmp/imbus.sock";
+
+/// The longest frame a peer may announce, in bytes (a bus row may hold 1 GB, a batch is cut well below).
+pub const FRAME_MAX: usize = 1 << 30;
+
+/// To the gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// First message of a database worker: which database it serves. Answered by [`Command::Resume`].
+    Hello { version: u32, database: u32, name: String },
+    /// Newly committed notifications in delivery order, and the worker's position after them.
+    Dispatch { notifications: Vec<Notification>, position: Position },
+    /// The answer to [`Command::Recover`]: everything owed of what was dispatched on this link before this message. In
+    /// several messages back to back when it is long; `more` is false in the last one.
+    Recovered { request: u64, notifications: Vec<Notification>, more: bool },
+    /// JSON lists of channels to NOTIFY in the listen database on behalf of the writers, one entry per payload.
+    Emit { payloads: Vec<String> },
+    /// First message of a backend that wants to see the connections (of one database, or of all). Answered by
+    /// [`Command::Connections`], after which the gateway hangs up.
+    Inspect { version: u32, database: Option<u32> },
+}
+
+/// From the gateway.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Go on from here: the position after the last dispatch that the gateway saw from this database, None when it saw
+    /// none (then the worker goes on from its own).
+    Resume { position: Option<Position> },
+    /// Replay to one connection: what it is owed on these channels after `last` (0: the last 50 s, as Odoo's `_poll`).
+    Recover { request: u64, channels: Vec<Channel>, last: i64 },
+    /// The open connections.
+    Connections(Vec<Connection>),
+}
+
+/// One connection, as `imbus_stat_connections` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Identifies the connection while the gateway runs.
+    pub id: i64,
+    /// The client's address and port.
+    pub address: String,
+    pub user_agent: String,
+    /// The token's subject.
+    pub subject: Option<String>,
+    /// OID of its database.
+    pub database: u32,
+    /// How many channels it is subscribed to.
+    pub channels: i64,
+    /// Notifications sent.
+    pub sent: i64,
+    /// Bytes waiting in its outbound queue.
+    pub queued: i64,
+    /// Milliseconds since it was accepted.
+    pub age_ms: i64,
+}
+
+/// One message as a frame; None when it would be longer than [`FRAME_MAX`].
+pub fn encode(message: &impl Serialize) -> Option<Vec<u8>> {
+    let mut frame = postcard::to_extend(message, vec![0; 4]).ok()?;
+    let length = frame.len().checked_sub(4).filter(|length| *length <= FRAME_MAX)?;
+    let length = u32::try_from(length).ok()?;
+    frame.get_mut(..4)?.copy_from_slice(&length.to_le_bytes());
+    Some(frame)
+}
+
+/// A peer that does not speak this protocol: hang up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed;
+
+/// Collects bytes and hands out whole messages.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    bytes: Vec<u8>,
+    read: usize,
+}
+
+impl Decoder {
+    /// Adds what was read from the socket.
+    pub fn feed(&mut self, bytes: &[u8]) {
+        if self.read > 0 && self.read == self.bytes.len() {
+            self.bytes.clear();
+            self.read = 0;
+        }
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// The next whole message, None while it is not there yet.
+    pub fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>, Malformed> {
+        let rest = self.bytes.get(self.read..).unwrap_or_default();
+        let Some((head, body)) = rest.split_first_chunk::<4>() else { return Ok(None) };
+        let length = u32::from_le_bytes(*head) as usize;
+        if length > FRAME_MAX {
+            return Err(Malformed);
+        }
+        let Some(frame) = body.get(..length) else { return Ok(None) };
+        let message = postcard::from_bytes(frame).map_err(|_| Malformed)?;
+        self.read += 4 + length;
+        if self.read > 1 << 16 {
+            self.bytes.drain(..self.read);
+            self.read = 0;
+        }
+        Ok(Some(message))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_survive_any_cut() {
+        let sent = [
+            Event::Hello { version: VERSION, database: 5, name: "demo".into() },
+            Event::Emit { payloads: vec!["[]".into(); 3] },
+        ];
+        let bytes: Vec<u8> = sent.iter().flat_map(|event| encode(event).unwrap()).collect();
+        let mut decoder = Decoder::default();
+        let mut got = Vec::new();
+        for byte in bytes {
+            decoder.feed(&[byte]);
+            while let Some(event) = decoder.next::<Event>().unwrap() {
+                got.push(event);
+            }
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn an_announced_giant_and_garbage_are_refused() {
+        let mut decoder = Decoder::default();
+        decoder.feed(&u32::MAX.to_le_bytes());
+        assert_eq!(decoder.next::<Event>(), Err(Malformed));
+        let mut decoder = Decoder::default();
+        decoder.feed(&[1, 0, 0, 0, 250]);
+        assert_eq!(decoder.next::<Event>(), Err(Malformed));
+    }
+}

@@ -1,0 +1,15 @@
+//! The core decides: channels, payload splitting, wire messages, subscriptions, delivery order, job rules, errors.
+//! It knows neither PostgreSQL nor sockets, reads no clock (time is an argument) and starts no thread.
+
+pub mod channel;
+pub mod error;
+pub mod hub;
+pub mod job;
+pub mod json;
+pub mod link;
+pub mod notification;
+pub mod payload;
+pub mod position;
+pub mod protocol;
+pub mod settings;
+pub mod token;

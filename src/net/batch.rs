@@ -1,0 +1,44 @@
+//! What one dispatch of a database worker brought, shared by all reactors. Each frame is encoded once, by the first
+//! reactor that has somebody to send it to, and not at all when nobody listens.
+
+use crate::core::notification::Notification;
+use crate::core::protocol::{self, Frame};
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// One dispatch.
+pub struct Batch {
+    /// OID of the database the link belongs to.
+    pub database: u32,
+    notifications: Vec<Notification>,
+    runs: Vec<(Range<usize>, OnceLock<Frame>)>,
+}
+
+/// Notifications of one channel that share a frame.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    pub notifications: &'a [Notification],
+    frame: &'a OnceLock<Frame>,
+}
+
+impl Batch {
+    pub fn new(database: u32, notifications: Vec<Notification>) -> Batch {
+        let runs = protocol::runs(&notifications, true).into_iter().map(|run| (run, OnceLock::new())).collect();
+        Batch { database, notifications, runs }
+    }
+
+    /// The runs, in order.
+    pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
+        self.runs.iter().map(|(range, frame)| {
+            let notifications = self.notifications.get(range.clone()).unwrap_or_default();
+            Run { notifications, frame }
+        })
+    }
+}
+
+impl Run<'_> {
+    /// The frame.
+    pub fn frame(&self) -> &Frame {
+        self.frame.get_or_init(|| protocol::notifications_frame(self.notifications))
+    }
+}

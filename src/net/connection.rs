@@ -1,0 +1,316 @@
+//! One connection through its life: HTTP requests, an open websocket, the closing, the draining. Decides when a stage
+//! ends; the reactor asks it turn by turn and does what takes more than this one connection.
+
+use super::Env;
+use super::counters::Counters;
+use super::http::{self, Served};
+use super::outbound::{Flow, Full, Kind};
+use super::socket::Socket;
+use super::websocket::{Due, Heard, Websocket};
+use crate::core::channel::Channel;
+use crate::core::hub::Moment;
+use crate::core::protocol::{self, Close, CloseCode, Frame, Message};
+use mio::net::TcpStream;
+use std::io::{self, ErrorKind, Read};
+use std::net::SocketAddr;
+
+/// How long a request head may take, in milliseconds (SPEC section 7).
+const HEAD_WAIT: Moment = 10_000;
+
+/// How long a connection may idle between two requests, in milliseconds.
+const IDLE_WAIT: Moment = 15_000;
+
+/// How long a close may take: writing what waits, and the client's answer. In milliseconds.
+const CLOSE_WAIT: Moment = 5_000;
+
+/// How long the peer may take to notice the end of the stream, in milliseconds. Closing at once with bytes of the peer's
+/// unread would reset the connection, and the close frame with it.
+const DRAIN_WAIT: Moment = 1_000;
+
+/// Answers that may wait before further requests are read, in bytes.
+const ANSWERS_MAX: usize = 64 * 1024;
+
+/// A connection.
+pub struct Connection {
+    /// Its number while the gateway runs.
+    pub id: i64,
+    pub address: SocketAddr,
+    pub accepted: Moment,
+    pub socket: Socket,
+    /// Earliest timer set for it.
+    pub armed: Moment,
+    /// Whether it is in the reactor's list of those to be written to.
+    pub dirty: bool,
+    refused: bool,
+    stage: Stage,
+    /// When the stage has taken too long; an open websocket has its own.
+    deadline: Moment,
+}
+
+enum Stage {
+    Http(Http),
+    Open(Box<Websocket>),
+    /// Last words are being written; with a websocket, the peer's answer is awaited too.
+    Closing(Option<Box<Websocket>>),
+    /// All is written and the stream ended; the peer has yet to end its own.
+    Drain,
+}
+
+/// Between requests, or in one.
+#[derive(Default)]
+struct Http {
+    buffer: Vec<u8>,
+    /// Bytes of a request's body that are still to be skipped.
+    skip: usize,
+    /// Whether a request was answered before.
+    kept: bool,
+}
+
+/// What a turn of reading came to.
+pub enum Turn {
+    /// Nothing more to read for now.
+    Wait,
+    /// There is more, but others have their turn first.
+    Again,
+    /// The websocket is open.
+    Opened,
+    /// The client subscribes.
+    Subscribe { channels: Vec<Channel>, last: i64 },
+    /// A message that is ignored, and why.
+    Ignored(String),
+    /// The connection is on its way out: nothing is to be delivered to it any more.
+    Closing,
+    /// The connection is over.
+    Gone,
+}
+
+impl Connection {
+    /// A connection just accepted; `refused` when there are too many already.
+    pub fn new(id: i64, tcp: TcpStream, address: SocketAddr, refused: bool, now: Moment) -> Connection {
+        Connection {
+            id,
+            address,
+            accepted: now,
+            socket: Socket::new(tcp),
+            armed: Moment::MAX,
+            dirty: false,
+            refused,
+            stage: Stage::Http(Http::default()),
+            deadline: now + HEAD_WAIT,
+        }
+    }
+
+    /// The open websocket.
+    pub fn websocket(&self) -> Option<&Websocket> {
+        match &self.stage {
+            Stage::Open(websocket) => Some(websocket),
+            _ => None,
+        }
+    }
+
+    /// Whether it is on its way out.
+    pub fn is_closing(&self) -> bool {
+        matches!(self.stage, Stage::Closing(_) | Stage::Drain)
+    }
+
+    /// Reads until something is to be done.
+    pub fn read(&mut self, env: &Env) -> Turn {
+        match &mut self.stage {
+            Stage::Http(_) => self.read_http(env),
+            Stage::Open(websocket) => match websocket.read(&mut self.socket, env) {
+                Heard::Text(text) => {
+                    Counters::add(&env.counters.messages_received, 1);
+                    let database = &websocket.admission.claims.db;
+                    let text = text.as_str().ok_or_else(|| "a binary message that is no UTF-8".to_owned());
+                    match text.and_then(|text| protocol::parse(text, database, true)) {
+                        Ok(Message::Subscribe { channels, last }) => Turn::Subscribe { channels, last },
+                        Ok(Message::Other) => Turn::Ignored("an event without meaning here".to_owned()),
+                        Err(reason) => Turn::Ignored(reason),
+                    }
+                }
+                Heard::Nothing => self.wait(),
+                Heard::Goodbye => self.end(env),
+                Heard::Close(close) => {
+                    self.close(&close, env);
+                    Turn::Closing
+                }
+                Heard::Gone => Turn::Gone,
+            },
+            Stage::Closing(Some(websocket)) => match websocket.read(&mut self.socket, env) {
+                Heard::Text(_) => Turn::Ignored("a message after the close".to_owned()),
+                Heard::Nothing => self.wait(),
+                Heard::Gone if self.socket.out.is_empty() => Turn::Gone,
+                Heard::Goodbye | Heard::Close(_) | Heard::Gone => self.end(env),
+            },
+            Stage::Closing(None) => match self.socket.drain() {
+                Ok(_) => self.wait(),
+                Err(_) => Turn::Gone,
+            },
+            Stage::Drain => match self.socket.drain() {
+                Ok(false) => self.wait(),
+                Ok(true) | Err(_) => Turn::Gone,
+            },
+        }
+    }
+
+    fn wait(&self) -> Turn {
+        if self.socket.is_cut_short() { Turn::Again } else { Turn::Wait }
+    }
+
+    fn read_http(&mut self, env: &Env) -> Turn {
+        let mut bytes = [0; 4096];
+        loop {
+            if let Some(turn) = self.serve(env) {
+                return turn;
+            }
+            let count = match self.socket.read(&mut bytes) {
+                Ok(0) if self.socket.out.is_empty() => return Turn::Gone,
+                Ok(0) => return self.end(env),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return self.wait(),
+                Err(_) => return Turn::Gone,
+            };
+            let Stage::Http(http) = &mut self.stage else { return Turn::Again };
+            if http.buffer.is_empty() && http.skip == 0 && http.kept {
+                self.deadline = env.now + HEAD_WAIT;
+            }
+            http.buffer.extend_from_slice(bytes.get(..count).unwrap_or_default());
+        }
+    }
+
+    /// Answers the requests in the buffer. None when more is to be read.
+    fn serve(&mut self, env: &Env) -> Option<Turn> {
+        loop {
+            if self.socket.out.len() > ANSWERS_MAX {
+                return Some(Turn::Wait);
+            }
+            let Stage::Http(http) = &mut self.stage else { return Some(Turn::Again) };
+            let skipped = http.skip.min(http.buffer.len());
+            http.buffer.drain(..skipped);
+            http.skip -= skipped;
+            if http.buffer.is_empty() {
+                return None;
+            }
+            match http::serve(&http.buffer, env, self.refused) {
+                Served::Partial => return None,
+                Served::Answered { consumed, body, response, close } => {
+                    http.buffer.drain(..consumed.min(http.buffer.len()));
+                    http.skip = body;
+                    http.kept = true;
+                    self.deadline = env.now + if body > 0 { HEAD_WAIT } else { IDLE_WAIT };
+                    self.socket.say(response.into());
+                    if close {
+                        return Some(self.end(env));
+                    }
+                }
+                Served::Upgraded { consumed, upgrade } => {
+                    let rest = http.buffer.get(consumed..).unwrap_or_default().to_vec();
+                    self.socket.say(upgrade.response.into());
+                    self.socket.count_frames(&rest);
+                    return Some(match upgrade.admission {
+                        Ok(admission) => {
+                            self.stage = Stage::Open(Box::new(Websocket::new(admission, rest, env.now)));
+                            Turn::Opened
+                        }
+                        Err(close) => {
+                            self.socket.say(close.frame());
+                            self.end(env)
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    /// Ends the connection after what waits in its queue.
+    fn end(&mut self, env: &Env) -> Turn {
+        self.socket.mute();
+        self.stage = Stage::Closing(None);
+        self.deadline = env.now + CLOSE_WAIT;
+        Turn::Closing
+    }
+
+    /// Closes an open websocket: a close frame, and for some codes the client's answer, then the end.
+    pub fn close(&mut self, close: &Close, env: &Env) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Closing(None));
+        let Stage::Open(websocket) = stage else {
+            self.stage = stage;
+            return;
+        };
+        use CloseCode::{GoingAway, KeepAlive, Normal, Restart};
+        if !matches!(close.code, Normal | GoingAway | Restart | KeepAlive) {
+            Counters::add(&env.counters.closed_by_policy, 1);
+        }
+        self.socket.mute();
+        self.socket.say(close.frame());
+        self.stage = Stage::Closing(close.code.awaits_answer().then_some(websocket));
+        self.deadline = env.now + CLOSE_WAIT;
+    }
+
+    /// Puts a frame with notifications into the queue.
+    pub fn send(&mut self, frame: &Frame, kind: Kind, env: &Env) -> Result<(), Full> {
+        self.socket.out.push(frame.clone(), kind, env.settings.send_queue_max)
+    }
+
+    /// Writes what the socket takes. True when there is a reason to read now.
+    ///
+    /// # Errors
+    /// The connection is over.
+    pub fn flush(&mut self, env: &Env) -> io::Result<(Flow, bool)> {
+        let waited = !self.socket.out.is_empty();
+        let (flow, count) = self.socket.flush_out(env.now)?;
+        Counters::add(&env.counters.bytes_sent, count);
+        if flow != Flow::Empty {
+            return Ok((flow, false));
+        }
+        match self.stage {
+            Stage::Closing(None) => {
+                self.socket.shut();
+                self.stage = Stage::Drain;
+                self.deadline = env.now + DRAIN_WAIT;
+                Ok((flow, true))
+            }
+            Stage::Http(_) => Ok((flow, waited)),
+            _ => Ok((flow, false)),
+        }
+    }
+
+    /// When to call [`Connection::due`] next.
+    pub fn deadline(&self, env: &Env) -> Moment {
+        match &self.stage {
+            Stage::Open(websocket) => websocket.deadline(&self.socket, env),
+            _ => self.deadline,
+        }
+    }
+
+    /// Does what time asks for.
+    pub fn due(&mut self, env: &Env) -> Turn {
+        let due = match &mut self.stage {
+            Stage::Open(websocket) => {
+                let due = websocket.due(&self.socket, env);
+                if let Due::Ping = due {
+                    websocket.pinged(env.now);
+                }
+                due
+            }
+            _ if env.now < self.deadline => Due::Nothing,
+            Stage::Http(http) if !http.kept || !http.buffer.is_empty() || http.skip > 0 => {
+                self.socket.say(http::refusal(408).into());
+                return self.end(env);
+            }
+            _ => Due::Gone,
+        };
+        match due {
+            Due::Nothing => Turn::Wait,
+            Due::Ping => {
+                self.socket.say(protocol::ping());
+                Turn::Wait
+            }
+            Due::Close(close) => {
+                self.close(&close, env);
+                Turn::Closing
+            }
+            Due::Gone => Turn::Gone,
+        }
+    }
+}

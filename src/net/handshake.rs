@@ -1,0 +1,88 @@
+//! The opening of a websocket (ODOO_BUS §1): which requests become one, and who may come in. An unfit request gets an
+//! HTTP error; an unknown or outdated client gets its websocket and a close frame, because browsers hide HTTP errors
+//! from the page.
+
+use super::Env;
+use super::auth::{self, Admission};
+use super::counters::Counters;
+use super::http::{Answer, Request, Response};
+use super::origin;
+use crate::core::protocol::{self, Close, CloseCode};
+use std::sync::atomic::AtomicU64;
+
+/// A request that becomes a websocket.
+pub struct Upgrade {
+    /// The 101.
+    pub response: Vec<u8>,
+    /// Who comes in, or why not.
+    pub admission: Result<Admission, Close>,
+}
+
+/// Headers without which no websocket opens, as Odoo has them (websocket.py:885).
+const REQUIRED: [&str; 6] = ["Connection", "Host", "Sec-WebSocket-Key", "Sec-WebSocket-Version", "Upgrade", "Origin"];
+
+/// Answers `GET /websocket`.
+pub fn answer(request: &Request, env: &Env) -> Answer {
+    let rejected: &AtomicU64 = &env.counters.handshakes_rejected;
+    let key = match check(request, env) {
+        Ok(key) => key,
+        Err(response) => {
+            Counters::add(rejected, 1);
+            return Answer::Response(response);
+        }
+    };
+    let accept = tungstenite::handshake::derive_accept_key(key.as_bytes());
+    let response = format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Accept: {accept}\r\n\r\n"
+    );
+    let admission = check_version(request).and_then(|()| auth::admit(request, env));
+    if admission.is_err() {
+        Counters::add(rejected, 1);
+    }
+    Answer::Upgrade(Box::new(Upgrade { response: response.into_bytes(), admission }))
+}
+
+/// Checks the headers and returns the key.
+fn check<'a>(request: &Request<'a>, env: &Env) -> Result<&'a str, Response> {
+    if request.minor == 0 {
+        return Err(Response::text(400, "a websocket needs HTTP/1.1"));
+    }
+    let missing: Vec<_> = REQUIRED.into_iter().filter(|name| request.header(name).is_none()).collect();
+    if !missing.is_empty() {
+        return Err(Response::text(400, &format!("missing header: {}", missing.join(", "))));
+    }
+    if !request.header("Upgrade").is_some_and(|value| value.eq_ignore_ascii_case("websocket")) {
+        return Err(Response::text(400, "header Upgrade must be websocket"));
+    }
+    if !request.has_word("Connection", "upgrade") {
+        return Err(Response::text(400, "header Connection must contain upgrade"));
+    }
+    if request.header("Sec-WebSocket-Version") != Some("13") {
+        let mut response = Response::text(426, "header Sec-WebSocket-Version must be 13");
+        response.headers.push(("Sec-WebSocket-Version", "13".to_owned()));
+        return Err(response);
+    }
+    let key = request.header("Sec-WebSocket-Key").filter(|key| is_key(key));
+    let key = key.ok_or_else(|| Response::text(400, "header Sec-WebSocket-Key must be 16 bytes in base64"))?;
+    let (origin, host) = (request.header("Origin").unwrap_or(""), request.header("Host").unwrap_or(""));
+    if request.all("Origin").count() > 1 || !origin::is_allowed(origin, host, &env.settings.allowed_origins) {
+        return Err(Response::text(403, "this origin is not allowed, see imbus.allowed_origins"));
+    }
+    Ok(key)
+}
+
+/// Whether this is 16 bytes in base64.
+fn is_key(key: &str) -> bool {
+    let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'+' || byte == b'/';
+    key.len() == 24 && key.strip_suffix("==").is_some_and(|digits| digits.bytes().all(is_digit))
+}
+
+/// Odoo's check of the websocket worker's version: only a client with a User-Agent has to have one (websocket.py:1012).
+fn check_version(request: &Request) -> Result<(), Close> {
+    let version = request.parameter("version").unwrap_or_default();
+    if request.all("User-Agent").next().is_none() || protocol::is_supported(&version) {
+        return Ok(());
+    }
+    Err(Close::new(CloseCode::Normal, protocol::OUTDATED))
+}

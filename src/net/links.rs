@@ -1,0 +1,309 @@
+//! The links of all databases: who is connected, how far each database was seen, and which recoveries are asked for.
+//! Decides what is kept when a link is lost (the position, the unanswered recoveries) and what is said again when it is
+//! back. Turns what comes in into [`LinkEvent`]s, in the order of each link.
+
+use super::batch::Batch;
+use super::link::{Link, Peer, Reason};
+use crate::core::channel::Channel;
+use crate::core::hub::Moment;
+use crate::core::link::{self, Command, Connection, Event};
+use crate::core::notification::Notification;
+use crate::core::position::Position;
+use crate::core::settings::Database;
+use mio::net::UnixStream;
+use mio::{Registry, Token};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+
+/// Recoveries that one database works on at once (SPEC section 11).
+const AT_ONCE: usize = 4;
+
+/// How long a link may take to say who it is, in milliseconds.
+const HELLO_WAIT: Moment = 10_000;
+
+/// Messages of one link handled in one turn.
+const TURN: usize = 256;
+
+/// A link, by its place and its serial number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkId {
+    place: usize,
+    serial: u64,
+}
+
+/// What comes in on links.
+pub enum LinkEvent {
+    /// The worker of a database is there.
+    Up(u32),
+    /// It is gone.
+    Down(u32),
+    Batch(Arc<Batch>),
+    Recovered {
+        reactor: usize,
+        request: u64,
+        notifications: Vec<Notification>,
+    },
+    Emit(Vec<String>),
+    Inspect {
+        link: LinkId,
+        database: Option<u32>,
+    },
+    /// Something to be logged as a warning.
+    Complaint(String),
+}
+
+/// A recovery for a connection of one of the reactors.
+pub struct Recover {
+    pub reactor: usize,
+    pub request: u64,
+    pub channels: Vec<Channel>,
+    pub last: i64,
+}
+
+/// What is known of one database.
+#[derive(Default)]
+struct Desk {
+    link: Option<usize>,
+    /// After the last dispatch that was seen.
+    position: Option<Position>,
+    waiting: VecDeque<Recover>,
+    /// Said to the worker, with what was answered so far. Passed on whole: an answer cut off by the loss of the link
+    /// is asked for again from its beginning.
+    running: VecDeque<(Recover, Vec<Notification>)>,
+}
+
+/// All links.
+pub struct Links {
+    registry: Registry,
+    /// Tokens are this and the place.
+    base: usize,
+    serial: u64,
+    links: Vec<Option<Link>>,
+    desks: HashMap<u32, Desk>,
+    /// Places to be read on in the next turn.
+    again: Vec<usize>,
+    events: Vec<LinkEvent>,
+}
+
+impl Links {
+    pub fn new(registry: Registry, base: usize) -> Links {
+        let (links, desks, again, events) = (Vec::new(), HashMap::new(), Vec::new(), Vec::new());
+        Links { registry, base, serial: 0, links, desks, again, events }
+    }
+
+    /// Takes in a link just accepted.
+    pub fn open(&mut self, stream: UnixStream, now: Moment) -> io::Result<()> {
+        let place = self.links.iter().position(Option::is_none).unwrap_or(self.links.len());
+        self.serial += 1;
+        let mut link = Link::new(stream, Token(self.base + place), self.serial, now + HELLO_WAIT);
+        link.register(&self.registry)?;
+        match self.links.get_mut(place) {
+            Some(free) => *free = Some(link),
+            None => self.links.push(Some(link)),
+        }
+        Ok(())
+    }
+
+    /// A link can be read or written.
+    pub fn ready(&mut self, place: usize) {
+        if !self.again.contains(&place) {
+            self.again.push(place);
+        }
+    }
+
+    /// Whether there is something to do at once.
+    pub fn is_busy(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// Reads and writes the links that are ready. Returns what came in, in order.
+    pub fn turn(&mut self) -> Vec<LinkEvent> {
+        for place in std::mem::take(&mut self.again) {
+            let result = self.read(place);
+            self.settle(place, result);
+        }
+        std::mem::take(&mut self.events)
+    }
+
+    /// Hangs up on those that do not say who they are. Returns when to call this again.
+    pub fn tick(&mut self, now: Moment) -> Option<Moment> {
+        let mut next = None;
+        for place in 0..self.links.len() {
+            if let Some(Peer::Unknown(give_up)) = self.links.get(place).and_then(Option::as_ref).map(|link| link.peer) {
+                if give_up <= now {
+                    self.hang_up(place, Some("no first message".to_owned()));
+                } else {
+                    next = Some(next.map_or(give_up, |next: Moment| next.min(give_up)));
+                }
+            }
+        }
+        next
+    }
+
+    /// Asks for a recovery, now or when the worker is there.
+    pub fn recover(&mut self, database: u32, recover: Recover) {
+        self.desks.entry(database).or_default().waiting.push_back(recover);
+        self.pump(database);
+    }
+
+    /// Nobody waits for this recovery any more.
+    pub fn forget(&mut self, database: u32, request: u64) {
+        if let Some(desk) = self.desks.get_mut(&database) {
+            desk.waiting.retain(|recover| recover.request != request);
+        }
+    }
+
+    /// Answers an inspector and hangs up on it.
+    pub fn answer(&mut self, id: LinkId, connections: Vec<Connection>) {
+        let Some(link) = self.links.get_mut(id.place).and_then(Option::as_mut).filter(|l| l.serial == id.serial) else {
+            return;
+        };
+        let result = link.say(&Command::Connections(connections));
+        link.peer = Peer::Served;
+        self.settle(id.place, result.map(|()| false));
+    }
+
+    /// The databases that have the extension: what is known of others is forgotten, as a position means nothing to an
+    /// extension that was dropped and created again.
+    pub fn keep(&mut self, databases: &[Database]) {
+        self.desks.retain(|oid, desk| {
+            if !databases.iter().any(|database| database.oid == *oid) {
+                desk.position = None;
+            }
+            desk.link.is_some() || desk.position.is_some() || !desk.waiting.is_empty()
+        });
+    }
+
+    fn read(&mut self, place: usize) -> Result<bool, Reason> {
+        let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return Ok(false) };
+        let serial = link.serial;
+        let (more, end) = match link.read() {
+            Ok(more) => (more, None),
+            Err(reason) => (false, Some(reason)),
+        };
+        for _ in 0..TURN {
+            // What was sent before a hang-up still counts; the link itself may go with any of its messages.
+            let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return Ok(false) };
+            match link.next()? {
+                Some(event) if link.serial == serial => self.take(place, event)?,
+                _ => return end.map_or(Ok(more), Err),
+            }
+        }
+        // The end of the stream is found again by the next read.
+        Ok(true)
+    }
+
+    /// Handles one message of a link.
+    fn take(&mut self, place: usize, event: Event) -> Result<(), Reason> {
+        let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return Ok(()) };
+        match (link.peer, event) {
+            (Peer::Unknown(_), Event::Hello { version: link::VERSION, database, .. }) => self.greet(place, database),
+            (Peer::Unknown(_), Event::Inspect { version: link::VERSION, database }) => {
+                link.peer = Peer::Inspector;
+                let link = LinkId { place, serial: link.serial };
+                self.events.push(LinkEvent::Inspect { link, database });
+                Ok(())
+            }
+            (Peer::Unknown(_), Event::Hello { version, .. } | Event::Inspect { version, .. }) => {
+                Err(Some(format!("it speaks version {version} of the protocol, this process {}", link::VERSION)))
+            }
+            (Peer::Database(database), Event::Dispatch { notifications, position }) => {
+                self.desks.entry(database).or_default().position = Some(position);
+                if !notifications.is_empty() {
+                    self.events.push(LinkEvent::Batch(Arc::new(Batch::new(database, notifications))));
+                }
+                Ok(())
+            }
+            (Peer::Database(database), Event::Recovered { request, notifications, more }) => {
+                self.answered(database, request, notifications, more);
+                Ok(())
+            }
+            (Peer::Database(_), Event::Emit { payloads }) => {
+                self.events.push(LinkEvent::Emit(payloads));
+                Ok(())
+            }
+            _ => Err(Some("a message out of place".to_owned())),
+        }
+    }
+
+    /// A worker answers a recovery, with more to come or not.
+    fn answered(&mut self, database: u32, request: u64, mut part: Vec<Notification>, more: bool) {
+        let desk = self.desks.entry(database).or_default();
+        let Some(at) = desk.running.iter().position(|(recover, _)| recover.request == request) else { return };
+        if let Some((_, parts)) = desk.running.get_mut(at) {
+            parts.append(&mut part);
+        }
+        if more {
+            return;
+        }
+        if let Some((Recover { reactor, .. }, notifications)) = desk.running.remove(at) {
+            self.events.push(LinkEvent::Recovered { reactor, request, notifications });
+        }
+        self.pump(database);
+    }
+
+    /// A database worker says hello: it takes the place of an older one and is told where to go on.
+    fn greet(&mut self, place: usize, database: u32) -> Result<(), Reason> {
+        let older = self.desks.entry(database).or_default().link;
+        if let Some(older) = older {
+            self.hang_up(older, Some("another worker of the same database has come".to_owned()));
+        }
+        let desk = self.desks.entry(database).or_default();
+        desk.link = Some(place);
+        let position = desk.position.clone();
+        let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return Ok(()) };
+        link.peer = Peer::Database(database);
+        link.say(&Command::Resume { position })?;
+        self.events.push(LinkEvent::Up(database));
+        self.pump(database);
+        self.flush(place)
+    }
+
+    /// Says as many recoveries as may run.
+    fn pump(&mut self, database: u32) {
+        let Some(desk) = self.desks.get_mut(&database) else { return };
+        let Some(place) = desk.link else { return };
+        let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return };
+        while desk.running.len() < AT_ONCE {
+            let Some(recover) = desk.waiting.pop_front() else { break };
+            let Recover { request, ref channels, last, .. } = recover;
+            if link.say(&Command::Recover { request, channels: channels.clone(), last }).is_ok() {
+                desk.running.push_back((recover, Vec::new()));
+            }
+        }
+        self.ready(place);
+    }
+
+    fn flush(&mut self, place: usize) -> Result<(), Reason> {
+        let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return Ok(()) };
+        if link.flush(&self.registry)? {
+            self.ready(place);
+        }
+        Ok(())
+    }
+
+    /// Ends what a turn with a link began: writes, comes back, or hangs up.
+    fn settle(&mut self, place: usize, result: Result<bool, Reason>) {
+        match result.and_then(|more| self.flush(place).map(|()| more)) {
+            Ok(true) => self.ready(place),
+            Ok(false) => {}
+            Err(reason) => self.hang_up(place, reason),
+        }
+    }
+
+    fn hang_up(&mut self, place: usize, reason: Reason) {
+        let Some(mut link) = self.links.get_mut(place).and_then(Option::take) else { return };
+        link.deregister(&self.registry);
+        if let Some(reason) = reason {
+            self.events.push(LinkEvent::Complaint(format!("hung up on a link: {reason}")));
+        }
+        let Peer::Database(database) = link.peer else { return };
+        let Some(desk) = self.desks.get_mut(&database).filter(|desk| desk.link == Some(place)) else { return };
+        desk.link = None;
+        while let Some((recover, _)) = desk.running.pop_back() {
+            desk.waiting.push_front(recover);
+        }
+        self.events.push(LinkEvent::Down(database));
+    }
+}

@@ -1,0 +1,212 @@
+//! From a target's name to the function it means, and from a stored job to its call. Runs as the caller or as the job's
+//! role, never as anybody more.
+
+use super::datum::{JsonbText, Text};
+use super::report::{Outcome, report};
+use super::sql;
+use super::transaction::safely;
+use crate::core::error::shown;
+use crate::core::job::{self, Candidate, Mismatch, Parameter, Returns};
+use crate::core::json;
+use pgrx::prelude::*;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+
+/// The arguments of a job: positional ones and named ones, each as JSON text.
+pub struct Arguments {
+    pub args: Vec<String>,
+    pub kwargs: Vec<(String, String)>,
+}
+
+impl Arguments {
+    /// Reads `args` (a JSON array) and `kwargs` (a JSON object). Errors: 22023.
+    pub fn parse(args: &str, kwargs: &str) -> Outcome<Arguments> {
+        let wrong = |argument: &'static str, value: &str, reason: &str| crate::core::error::Error::Argument {
+            argument,
+            value: value.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let positional = json::elements(args)?.ok_or_else(|| wrong("args", args, "it must be a JSON array"))?;
+        let named: BTreeMap<String, Box<RawValue>> =
+            serde_json::from_str(kwargs).map_err(|_| wrong("kwargs", kwargs, "it must be a JSON object"))?;
+        Ok(Arguments {
+            args: positional.into_iter().map(str::to_owned).collect(),
+            kwargs: named.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect(),
+        })
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.kwargs.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    fn object(&self) -> String {
+        let named = self.kwargs.iter().map(|(_, value)| value.as_str());
+        job::argument_object(self.args.iter().map(String::as_str).chain(named))
+    }
+}
+
+/// Functions by their name, in the schemas given, in their order; $1 name, $2 schemas.
+const BY_NAME: &str = "p.proname = $1 AND n.nspname = ANY($2) ORDER BY pg_catalog.array_position($2, n.nspname::text)";
+/// The function with an OID.
+const BY_OID: &str = "p.oid = $1";
+
+/// What is read of a function. Polymorphic and variadic ones, procedures and triggers cannot be jobs and are left out.
+const CANDIDATES: &str = "
+    SELECT n.nspname::text,
+           p.oid::pg_catalog.regprocedure::text,
+           pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(p.proname),
+           CASE WHEN p.prorettype = 'pg_catalog.void'::pg_catalog.regtype THEN 'void'
+                WHEN p.proretset THEN 'set' ELSE 'value' END,
+           pg_catalog.has_function_privilege(p.oid, 'EXECUTE'),
+           p.pronargs - p.pronargdefaults,
+           ARRAY(SELECT COALESCE(a.name, '') FROM (
+                 SELECT i, COALESCE(p.proargmodes[i]::text, 'i') AS mode, p.proargnames[i] AS name
+                   FROM pg_catalog.generate_series(1, COALESCE(
+                        pg_catalog.cardinality(p.proargmodes), p.pronargs::integer)) i) a
+                  WHERE a.mode IN ('i', 'b', 'v') ORDER BY a.i),
+           ARRAY(SELECT pg_catalog.format_type(t.oid, NULL) FROM pg_catalog.unnest(p.proargtypes)
+                 WITH ORDINALITY u (oid, i) JOIN pg_catalog.pg_type t ON t.oid = u.oid ORDER BY u.i)
+      FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+     WHERE p.prokind = 'f' AND p.provariadic = 0
+       AND p.prorettype <> ALL (ARRAY['trigger', 'event_trigger', 'internal', 'language_handler',
+                                      'fdw_handler', 'index_am_handler', 'table_am_handler', 'tsm_handler']
+                                ::pg_catalog.regtype[])
+       AND NOT EXISTS (SELECT FROM pg_catalog.unnest(p.proargtypes) u (oid)
+                         JOIN pg_catalog.pg_type t ON t.oid = u.oid WHERE t.typtype = 'p')
+       AND ";
+
+/// A function as found, with what is asked of it besides its shape.
+struct Found {
+    schema: String,
+    executable: bool,
+    candidate: Candidate,
+}
+
+fn find(condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<Found>> {
+    safely(|| sql::rows(&format!("{CANDIDATES}{condition}"), args, read))
+}
+
+fn read(row: &sql::Row<'_>) -> Outcome<Found> {
+    let required = usize::try_from(row.need::<i32>(6)?).unwrap_or(0);
+    let names = row.get::<Vec<Option<String>>>(7)?.unwrap_or_default();
+    let types = row.get::<Vec<Option<String>>>(8)?.unwrap_or_default();
+    let parameters = names.into_iter().zip(types).enumerate().map(|(index, (name, type_name))| Parameter {
+        name: name.unwrap_or_default(),
+        type_name: type_name.unwrap_or_default(),
+        has_default: index >= required,
+    });
+    let returns = match row.text(4)?.as_str() {
+        "void" => Returns::Void,
+        "set" => Returns::Set,
+        _ => Returns::Value,
+    };
+    Ok(Found {
+        schema: row.text(1)?,
+        executable: row.need(5)?,
+        candidate: Candidate { signature: row.text(2)?, name: row.text(3)?, parameters: parameters.collect(), returns },
+    })
+}
+
+/// The signature of the function that `target` (`name` or `schema.name`) means for the caller, now. Errors: 42883 when
+/// none takes the arguments, 42725 when several do, 42501 when the caller may not execute it, 42602 for a bad name.
+pub fn resolve(target: &str, arguments: &Arguments) -> Outcome<String> {
+    let (schemas, name) = parse_name(target)?;
+    let found = find(BY_NAME, &[Text(name).into(), schemas.into()])?;
+    let mut schema_names: Vec<&str> = found.iter().map(|f| f.schema.as_str()).collect();
+    schema_names.dedup();
+    for schema in schema_names {
+        let here: Vec<Candidate> =
+            found.iter().filter(|f| f.schema == schema).map(|f| f.candidate.clone()).collect();
+        match job::choose(&here, arguments.args.len(), &arguments.names()) {
+            Ok(chosen) => {
+                let allowed = found.iter().any(|f| f.candidate == *chosen && f.executable);
+                return if allowed { Ok(chosen.signature.clone()) } else { Err(denied(&chosen.signature)) };
+            }
+            Err(Mismatch::None) => {}
+            Err(Mismatch::Ambiguous(several)) => return Err(ambiguous(target, &several)),
+        }
+    }
+    Err(unknown(target, arguments, !found.is_empty()))
+}
+
+/// The schemas to look in (the search_path's when the name has none; never pg_temp, as PostgreSQL itself) and the name.
+fn parse_name(target: &str) -> Outcome<(Vec<String>, String)> {
+    let parts = safely(|| {
+        sql::first("SELECT pg_catalog.parse_ident($1)", &[Text(target.to_owned()).into()], |row| {
+            row.get::<Vec<Option<String>>>(1)
+        })
+    })?;
+    let parts: Vec<String> = parts.flatten().unwrap_or_default().into_iter().flatten().collect();
+    match parts.as_slice() {
+        [name] => {
+            // Asked for outside `safely`: the caller's own path is what counts.
+            let path = sql::first("SELECT pg_catalog.current_schemas(true)::text[]", &[], |row| {
+                row.get::<Vec<Option<String>>>(1)
+            })?;
+            let schemas = path.flatten().unwrap_or_default().into_iter().flatten();
+            Ok((schemas.filter(|schema| !schema.starts_with("pg_temp")).collect(), name.clone()))
+        }
+        [schema, name] => Ok((vec![schema.clone()], name.clone())),
+        _ => Err(report(
+            PgSqlErrorCode::ERRCODE_INVALID_NAME,
+            "invalid target",
+            &format!("Target: {}", shown(target)),
+            "A target is a function's name, or schema.name.",
+        )),
+    }
+}
+
+fn denied(signature: &str) -> pgrx::pg_sys::panic::ErrorReport {
+    report(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        &format!("permission denied for function {signature}"),
+        "A job runs as the role that enqueues it.",
+        "GRANT EXECUTE on the function to the role.",
+    )
+}
+
+fn ambiguous(target: &str, several: &[String]) -> pgrx::pg_sys::panic::ErrorReport {
+    report(
+        PgSqlErrorCode::ERRCODE_AMBIGUOUS_FUNCTION,
+        &format!("target \"{}\" is not unique", shown(target)),
+        &format!("These take the arguments equally well: {}", several.join(", ")),
+        "Name the arguments in kwargs.",
+    )
+}
+
+fn unknown(target: &str, arguments: &Arguments, others: bool) -> pgrx::pg_sys::panic::ErrorReport {
+    let hint = if others {
+        "A function of that name exists, but does not take these arguments, or is a procedure, variadic or polymorphic."
+    } else {
+        "Write schema.name, or set search_path."
+    };
+    report(
+        PgSqlErrorCode::ERRCODE_UNDEFINED_FUNCTION,
+        &format!("function \"{}\" does not exist for these arguments", shown(target)),
+        &format!("{} positional arguments, named: [{}]", arguments.args.len(), arguments.names().join(", ")),
+        hint,
+    )
+}
+
+/// Calls a stored signature as the current user with the given search_path: the result as JSON text, None for void or
+/// NULL. Raises whatever the function raises, and 42501 or 42883 when it was revoked or dropped since.
+pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome<Option<String>> {
+    let oid = safely(|| {
+        let text = "SELECT $1::pg_catalog.regprocedure::oid";
+        sql::first(text, &[Text(signature.to_owned()).into()], |row| row.get::<pg_sys::Oid>(1))
+    })?;
+    let found = find(BY_OID, &[oid.flatten().unwrap_or(pg_sys::InvalidOid).into()])?;
+    let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
+        return Err(unknown(signature, arguments, false));
+    };
+    let statement = job::call_statement(&candidate, arguments.args.len(), &arguments.names());
+    let set = "SELECT pg_catalog.set_config('search_path', $1, true)";
+    sql::execute(set, &[Text(search_path.to_owned()).into()])?;
+    let argument = [JsonbText(arguments.object()).into()];
+    if candidate.returns == Returns::Void {
+        sql::execute(&statement, &argument)?;
+        return Ok(None);
+    }
+    let result = sql::first(&statement, &argument, |row| row.get::<JsonbText>(1))?;
+    Ok(result.flatten().map(|json| json.0).filter(|json| json != "null"))
+}

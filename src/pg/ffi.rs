@@ -1,0 +1,38 @@
+//! What pgrx does not bind, identical on PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
+//! tcop/tcopprot.h, access/twophase.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
+//! as a Rust panic instead of jumping over Rust frames.
+
+use pgrx::pg_sys;
+use std::ffi::{c_char, c_int};
+
+/// PQcommMethods of libpq.h.
+#[repr(C)]
+pub struct CommMethods {
+    pub comm_reset: unsafe extern "C-unwind" fn(),
+    pub flush: unsafe extern "C-unwind" fn() -> c_int,
+    pub flush_if_writable: unsafe extern "C-unwind" fn() -> c_int,
+    pub is_send_pending: unsafe extern "C-unwind" fn() -> bool,
+    pub putmessage: unsafe extern "C-unwind" fn(c_char, *const c_char, usize) -> c_int,
+    pub putmessage_noblock: unsafe extern "C-unwind" fn(c_char, *const c_char, usize),
+}
+
+#[allow(non_upper_case_globals)]
+unsafe extern "C-unwind" {
+    pub static mut PqCommMethods: *const CommMethods;
+    pub static mut notifyInterruptPending: c_int;
+    pub static max_prepared_xacts: c_int;
+    pub fn Async_Listen(channel: *const c_char);
+    pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
+    pub fn ProcessNotifyInterrupt(flush: bool);
+    pub fn DiscardCommand(statement: *mut pg_sys::DiscardStmt, is_top_level: bool);
+    pub fn die(signal: c_int);
+}
+
+/// Runs a call into PostgreSQL that may raise.
+///
+/// # Safety
+/// On the main thread, with whatever the called function asks for.
+pub unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
+    // SAFETY: the caller's.
+    unsafe { pg_sys::submodules::ffi::pg_guard_ffi_boundary(call) }
+}

@@ -1,0 +1,44 @@
+//! Everything that touches PostgreSQL, on the main thread of each process.
+
+mod bus;
+mod call;
+
+mod database;
+mod datum;
+mod ffi;
+mod functions;
+mod gateway;
+mod guc;
+mod hook;
+mod job_functions;
+mod jobs;
+mod launch;
+mod link;
+mod listen;
+mod report;
+mod runner;
+mod shared;
+mod sql;
+mod stats;
+mod transaction;
+mod wake;
+mod worker;
+
+use pgrx::prelude::*;
+
+/// Called by PostgreSQL when the library is loaded: by the postmaster with `shared_preload_libraries`, otherwise by
+/// the first backend that calls one of its functions (then publishing and polling work, the workers do not).
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    // SAFETY: no other thread exists yet. pgrx would add a Rust backtrace to every DETAIL where the server's environment
+    // happens to ask for backtraces; users get PostgreSQL's messages alone.
+    unsafe { std::env::set_var("RUST_LIB_BACKTRACE", "0") };
+    let preloaded = shared::preloading();
+    guc::define(preloaded);
+    wake::register();
+    if preloaded {
+        shared::request();
+        hook::install();
+        gateway::register();
+    }
+}

@@ -1,0 +1,454 @@
+//! What the processes share: who serves which database, wake-ups, runners, holds, counters. Plain atomics: no pointer
+//! but the addresses of latches (which live in PostgreSQL's own shared memory for as long as the server), no file
+//! descriptors, no locks, so that a transaction callback after commit can never fail here.
+
+use super::worker;
+use pgrx::prelude::*;
+use pgrx::{PGRXSharedMemory, PgAtomic, pg_shmem_init};
+use std::cell::Cell;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+/// Databases served at once; each also takes one of max_worker_processes, which is the tighter limit in practice.
+pub const DATABASES: usize = 512;
+/// The greatest `imbus.job_workers`.
+pub const RUNNERS: usize = 64;
+/// Databases that DROP, RENAME and the like keep the workers out of at the same time.
+const HOLDS: usize = 32;
+/// Databases whose extension changed since the gateway last looked; more make it look at all of them.
+const ANNOUNCED: usize = 64;
+/// Bytes kept of the message with which a runner failed to connect.
+const MESSAGE: usize = 256;
+/// The secret of the tokens in the data directory, made at first start.
+const SECRET_FILE: &str = "imbus_token_secret";
+const SECRET: usize = 32;
+
+/// A process and how to wake it.
+#[derive(Default)]
+pub struct Process {
+    pid: AtomicI32,
+    latch: AtomicUsize,
+}
+
+impl Process {
+    /// Enters the calling process.
+    pub fn enter(&self) {
+        worker::assert_main_thread();
+        // SAFETY: reads this process's own globals on the main thread.
+        unsafe {
+            self.latch.store(pg_sys::MyLatch as usize, Ordering::Release);
+            self.pid.store(pg_sys::MyProcPid, Ordering::Release);
+        }
+    }
+
+    /// Clears the entry; no wake-up reaches the process afterwards.
+    pub fn leave(&self) {
+        self.latch.store(0, Ordering::Release);
+        self.pid.store(0, Ordering::Release);
+    }
+
+    /// The process id, 0 when there is none.
+    pub fn pid(&self) -> i32 {
+        self.pid.load(Ordering::Acquire)
+    }
+
+    /// Sets the latch of the process, if there is one. Never fails: it may run after commit.
+    pub fn wake(&self) {
+        let latch = self.latch.load(Ordering::Acquire);
+        if latch != 0 {
+            // SAFETY: a latch of PGPROC, which outlives every process; setting a stranger's latch only wakes it once.
+            unsafe { pg_sys::SetLatch(latch as *mut pg_sys::Latch) };
+        }
+    }
+}
+
+/// What a database's slot says of its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum DatabaseState {
+    Free = 0,
+    /// Registered with the postmaster, not there yet.
+    Starting = 1,
+    /// Serving.
+    Running = 2,
+    /// Looked, and there is no extension.
+    Absent = 3,
+    /// Has left: to be started again.
+    Exited = 4,
+}
+
+/// One served (or examined) database.
+#[derive(Default)]
+pub struct DatabaseSlot {
+    oid: AtomicU32,
+    state: AtomicU32,
+    pub process: Process,
+    /// Something was published.
+    pub wake: AtomicBool,
+    /// A job was enqueued or has ended.
+    pub jobs: AtomicBool,
+    /// The extension may be gone.
+    pub recheck: AtomicBool,
+    /// When it was registered, in microseconds since 2000.
+    pub since: AtomicI64,
+    pub dispatched: AtomicU64,
+    pub skipped: AtomicU64,
+    pub position: AtomicI64,
+    pub gaps: AtomicU64,
+}
+
+impl DatabaseSlot {
+    /// OID of the database, 0 when the slot is free.
+    pub fn oid(&self) -> u32 {
+        self.oid.load(Ordering::Acquire)
+    }
+
+    pub fn state(&self) -> DatabaseState {
+        match self.state.load(Ordering::Acquire) {
+            1 => DatabaseState::Starting,
+            2 => DatabaseState::Running,
+            3 => DatabaseState::Absent,
+            4 => DatabaseState::Exited,
+            _ => DatabaseState::Free,
+        }
+    }
+
+    pub fn set_state(&self, state: DatabaseState) {
+        self.state.store(state as u32, Ordering::Release);
+    }
+
+    /// Gives the slot back.
+    pub fn free(&self) {
+        self.process.leave();
+        for counter in [&self.dispatched, &self.skipped, &self.gaps] {
+            counter.store(0, Ordering::Relaxed);
+        }
+        self.position.store(0, Ordering::Relaxed);
+        self.set_state(DatabaseState::Free);
+        self.oid.store(0, Ordering::Release);
+    }
+}
+
+/// What a runner's slot says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum RunnerState {
+    Free = 0,
+    /// Taken by a database worker that is about to register the runner.
+    Reserved = 1,
+    /// Connected.
+    Running = 2,
+    /// Ended; `job` says which job died with it, if any.
+    Exited = 3,
+}
+
+/// One runner.
+pub struct RunnerSlot {
+    state: AtomicU32,
+    pub database: AtomicU32,
+    pub role: AtomicU32,
+    /// The job it works on, 0 when idle.
+    job: AtomicI64,
+    token: [AtomicU64; 2],
+    /// It was told to leave because the database is held, so its job did not die.
+    pub held: AtomicBool,
+    /// When it was reserved, in microseconds since 2000.
+    pub since: AtomicI64,
+    /// It is to leave when idle: another role's jobs wait for a place.
+    pub leave: AtomicBool,
+    pub process: Process,
+    message: [AtomicU8; MESSAGE],
+}
+
+impl Default for RunnerSlot {
+    fn default() -> RunnerSlot {
+        RunnerSlot {
+            state: AtomicU32::new(0),
+            database: AtomicU32::new(0),
+            role: AtomicU32::new(0),
+            job: AtomicI64::new(0),
+            token: [AtomicU64::new(0), AtomicU64::new(0)],
+            held: AtomicBool::new(false),
+            since: AtomicI64::new(0),
+            leave: AtomicBool::new(false),
+            process: Process::default(),
+            message: [const { AtomicU8::new(0) }; MESSAGE],
+        }
+    }
+}
+
+impl RunnerSlot {
+    pub fn state(&self) -> RunnerState {
+        match self.state.load(Ordering::Acquire) {
+            1 => RunnerState::Reserved,
+            2 => RunnerState::Running,
+            3 => RunnerState::Exited,
+            _ => RunnerState::Free,
+        }
+    }
+
+    pub fn set_state(&self, state: RunnerState) {
+        self.state.store(state as u32, Ordering::Release);
+    }
+
+    /// Keeps PostgreSQL's message of a failed connection for the database worker.
+    pub fn set_message(&self, text: &str) {
+        for (cell, byte) in self.message.iter().zip(text.bytes().chain(std::iter::repeat(0))) {
+            cell.store(byte, Ordering::Relaxed);
+        }
+    }
+
+    /// The message, empty when the runner had connected.
+    pub fn message(&self) -> String {
+        let bytes: Vec<u8> =
+            self.message.iter().map(|b| b.load(Ordering::Relaxed)).take_while(|byte| *byte != 0).collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Enters the job it works on; `token` is 32 hexadecimal digits.
+    pub fn set_job(&self, id: i64, token: &str) {
+        for (cell, digits) in self.token.iter().zip([token.get(..16), token.get(16..)]) {
+            let half = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+            cell.store(half.unwrap_or(0), Ordering::Release);
+        }
+        self.job.store(id, Ordering::Release);
+    }
+
+    /// The job it works on and its token; None when idle.
+    pub fn job(&self) -> Option<(i64, String)> {
+        let id = self.job.load(Ordering::Acquire);
+        let [high, low] = &self.token;
+        let token = format!("{:016x}{:016x}", high.load(Ordering::Acquire), low.load(Ordering::Acquire));
+        (id != 0).then_some((id, token))
+    }
+
+    /// It has ended its job.
+    pub fn clear_job(&self) {
+        self.job.store(0, Ordering::Release);
+    }
+
+    fn reserve(&self) -> bool {
+        let (free, reserved) = (RunnerState::Free as u32, RunnerState::Reserved as u32);
+        let taken = self.state.compare_exchange(free, reserved, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if taken {
+            self.clear_job();
+            self.set_message("");
+            self.process.leave();
+            self.since.store(worker::now(), Ordering::Relaxed);
+            self.held.store(false, Ordering::Release);
+            self.leave.store(false, Ordering::Release);
+        }
+        taken
+    }
+}
+
+/// A database that a command keeps the workers out of, and the backend that does.
+#[derive(Default)]
+struct Hold {
+    database: AtomicU32,
+    pid: AtomicI32,
+}
+
+/// The network's counters, as the gateway last copied them.
+#[derive(Default)]
+pub struct GatewayCounters {
+    pub connections_open: AtomicU64,
+    pub connections_total: AtomicU64,
+    pub handshakes_rejected: AtomicU64,
+    pub messages_received: AtomicU64,
+    pub notifications_sent: AtomicU64,
+    pub bytes_sent: AtomicU64,
+    pub slow_consumers: AtomicU64,
+}
+
+/// All of it.
+pub struct Shared {
+    secret: [u8; SECRET],
+    pub gateway: Process,
+    /// The port the gateway really listens on, 0 while it does not.
+    pub port: AtomicU32,
+    pub started: AtomicI64,
+    pub counters: GatewayCounters,
+    /// Databases were created, dropped or renamed, or got the extension: look at once.
+    pub rescan: AtomicBool,
+    /// Databases that got or lost the extension: to be examined again.
+    announced: [AtomicU32; ANNOUNCED],
+    /// More of them than there is room for.
+    announced_all: AtomicBool,
+    /// Databases without a worker for want of a slot.
+    pub starved: AtomicU64,
+    pub notify_splits: AtomicU64,
+    pub notify_split_logged: AtomicI64,
+    databases: [DatabaseSlot; DATABASES],
+    runners: [RunnerSlot; RUNNERS],
+    holds: [Hold; HOLDS],
+}
+
+// SAFETY: atomics and bytes only, no pointers that could differ between processes.
+unsafe impl PGRXSharedMemory for Shared {}
+
+impl Default for Shared {
+    fn default() -> Shared {
+        Shared {
+            secret: load_secret(),
+            gateway: Process::default(),
+            port: AtomicU32::new(0),
+            started: AtomicI64::new(0),
+            counters: GatewayCounters::default(),
+            rescan: AtomicBool::new(false),
+            announced: [const { AtomicU32::new(0) }; ANNOUNCED],
+            announced_all: AtomicBool::new(false),
+            starved: AtomicU64::new(0),
+            notify_splits: AtomicU64::new(0),
+            notify_split_logged: AtomicI64::new(0),
+            databases: std::array::from_fn(|_| DatabaseSlot::default()),
+            runners: std::array::from_fn(|_| RunnerSlot::default()),
+            holds: std::array::from_fn(|_| Hold::default()),
+        }
+    }
+}
+
+impl Shared {
+    /// The secret of the tokens, unless `imbus.token_secret` sets another.
+    pub fn secret(&self) -> &[u8] {
+        &self.secret
+    }
+
+    /// The slots in use.
+    pub fn databases(&self) -> impl Iterator<Item = &DatabaseSlot> {
+        self.databases.iter().filter(|slot| slot.oid() != 0)
+    }
+
+    /// The slot of a database, if it has one.
+    pub fn database(&self, oid: u32) -> Option<&DatabaseSlot> {
+        self.databases.iter().find(|slot| slot.oid() == oid)
+    }
+
+    /// Takes a slot for a database. Called by the gateway alone; None when all are in use.
+    pub fn add_database(&self, oid: u32) -> Option<&DatabaseSlot> {
+        let slot = self.databases.iter().find(|slot| slot.oid() == 0)?;
+        slot.oid.store(oid, Ordering::Release);
+        Some(slot)
+    }
+
+    /// All runner slots with their numbers.
+    pub fn runners(&self) -> impl Iterator<Item = (usize, &RunnerSlot)> {
+        self.runners.iter().enumerate()
+    }
+
+    pub fn runner(&self, index: usize) -> Option<&RunnerSlot> {
+        self.runners.get(index)
+    }
+
+    /// Reserves a runner's slot while fewer than `limit` are taken.
+    pub fn reserve_runner(&self, limit: usize) -> Option<(usize, &RunnerSlot)> {
+        let taken = self.runners.iter().filter(|slot| slot.state() != RunnerState::Free).count();
+        if taken >= limit {
+            return None;
+        }
+        self.runners().find(|(_, slot)| slot.reserve())
+    }
+
+    /// Wakes the worker of a database: something was published there. Never fails.
+    pub fn wake_bus(&self, oid: u32) {
+        if let Some(slot) = self.database(oid) {
+            slot.wake.store(true, Ordering::Release);
+            slot.process.wake();
+        }
+    }
+
+    /// Wakes the worker of a database: there may be jobs to run. Never fails.
+    pub fn wake_jobs(&self, oid: u32) {
+        if let Some(slot) = self.database(oid) {
+            slot.jobs.store(true, Ordering::Release);
+            slot.process.wake();
+        }
+    }
+
+    /// Has the gateway look at the list of databases at once. Never fails.
+    pub fn announce(&self, oid: u32) {
+        let enter = |cell: &AtomicU32| cell.compare_exchange(0, oid, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if !self.announced.iter().any(enter) {
+            self.announced_all.store(true, Ordering::Release);
+        }
+        self.rescan.store(true, Ordering::Release);
+        self.gateway.wake();
+    }
+
+    /// Takes the announced databases; None when all are to be examined.
+    pub fn take_announced(&self) -> Option<Vec<u32>> {
+        let all = self.announced_all.swap(false, Ordering::AcqRel);
+        let oids = self.announced.iter().map(|cell| cell.swap(0, Ordering::AcqRel)).filter(|oid| *oid != 0).collect();
+        (!all).then_some(oids)
+    }
+
+    /// Keeps workers out of a database until [`Shared::release`]. False when too many are held already.
+    pub fn hold(&self, oid: u32, pid: i32) -> bool {
+        self.holds.iter().any(|hold| {
+            let taken = hold.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire).is_ok();
+            if taken {
+                hold.database.store(oid, Ordering::Release);
+            }
+            taken
+        })
+    }
+
+    /// Lets go of what a backend holds.
+    pub fn release(&self, pid: i32) {
+        for hold in self.holds.iter().filter(|hold| hold.pid.load(Ordering::Acquire) == pid) {
+            hold.database.store(0, Ordering::Release);
+            hold.pid.store(0, Ordering::Release);
+        }
+    }
+
+    /// Whether workers are to stay out of a database.
+    pub fn is_held(&self, oid: u32) -> bool {
+        self.holds.iter().any(|hold| hold.database.load(Ordering::Acquire) == oid)
+    }
+}
+
+// SAFETY: the name is imbus's own.
+static SHARED: PgAtomic<Shared> = unsafe { PgAtomic::new(c"imbus") };
+
+thread_local! {
+    /// Set in the postmaster and inherited by each of its children.
+    static REQUESTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether the postmaster is loading `shared_preload_libraries`.
+pub fn preloading() -> bool {
+    // SAFETY: a plain flag of PostgreSQL's, read on the main thread.
+    unsafe { pg_sys::process_shared_preload_libraries_in_progress }
+}
+
+/// Asks for the shared memory; only while preloading.
+pub fn request() {
+    pg_shmem_init!(SHARED);
+    REQUESTED.set(true);
+}
+
+/// The shared state; None when the library was not preloaded.
+pub fn get() -> Option<&'static Shared> {
+    REQUESTED.get().then(|| SHARED.get())
+}
+
+/// Reads the secret, or makes it at first start. Runs in the postmaster, whose working directory is the data directory.
+fn load_secret() -> [u8; SECRET] {
+    let mut secret = [0; SECRET];
+    let read = std::fs::File::open(SECRET_FILE).and_then(|mut file| file.read_exact(&mut secret));
+    if read.is_ok() {
+        return secret;
+    }
+    // SAFETY: fills exactly SECRET bytes.
+    let random = unsafe { pg_sys::pg_strong_random(secret.as_mut_ptr().cast(), SECRET) };
+    if !random {
+        pgrx::error!("could not make random bytes for {SECRET_FILE}");
+    }
+    let mut options = std::fs::OpenOptions::new();
+    let file = options.write(true).create(true).truncate(true).mode(0o600).open(SECRET_FILE);
+    if let Err(error) = file.and_then(|mut file| file.write_all(&secret).and_then(|()| file.sync_all())) {
+        pgrx::warning!("could not keep {SECRET_FILE} ({error}): tokens end with this server start");
+    }
+    secret
+}

@@ -1,0 +1,135 @@
+//! The only begin, commit and abort of the workers, and the only switch of user.
+
+use super::report::Outcome;
+use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
+use pgrx::pg_sys::panic::ErrorReportable;
+use pgrx::prelude::*;
+use std::panic::AssertUnwindSafe;
+
+/// Why a transaction of a worker failed.
+#[derive(Debug)]
+pub struct Failure {
+    pub code: String,
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.message, self.code)
+    }
+}
+
+impl From<ErrorReportWithLevel> for Failure {
+    fn from(report: ErrorReportWithLevel) -> Failure {
+        Failure {
+            code: sqlstate(report.sql_error_code() as i32),
+            message: report.message().to_owned(),
+            detail: report.detail().map(str::to_owned),
+            hint: report.hint().map(str::to_owned),
+        }
+    }
+}
+
+/// The five characters of a packed SQLSTATE (elog.h, MAKE_SQLSTATE: six bits each, counted from '0').
+fn sqlstate(packed: i32) -> String {
+    (0..5).map(|i| char::from(((packed >> (6 * i)) & 0x3f) as u8 + b'0')).collect()
+}
+
+/// Runs `work` in a transaction of its own with a snapshot, and commits. An ERROR, an `Err` or a panic inside aborts it
+/// and is returned; FATAL ends the process as always.
+pub fn run<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
+    PgTryBuilder::new(AssertUnwindSafe(|| {
+        // SAFETY: a worker's top level, outside any transaction.
+        unsafe {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            pg_sys::StartTransactionCommand();
+            pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        }
+        let value = work().unwrap_or_report();
+        // SAFETY: pairs with the above; deferred triggers may still raise, which is caught like any ERROR.
+        unsafe {
+            if pg_sys::ActiveSnapshotSet() {
+                pg_sys::PopActiveSnapshot();
+            }
+            pg_sys::CommitTransactionCommand();
+            pg_sys::pgstat_report_stat(false);
+        }
+        Ok(value)
+    }))
+    .catch_others(|error| Err(abort(error)))
+    .catch_rust_panic(|error| Err(abort(error)))
+    .execute()
+}
+
+fn abort(error: CaughtError) -> Failure {
+    // SAFETY: after a caught ERROR the transaction is aborted at once, as PostgreSQL's own main loop does.
+    unsafe {
+        pg_sys::InterruptHoldoffCount += 1;
+        pg_sys::AbortCurrentTransaction();
+        pg_sys::InterruptHoldoffCount -= 1;
+    }
+    match error {
+        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report.into(),
+        CaughtError::RustPanic { ereport, .. } => ereport.into(),
+    }
+}
+
+/// Runs `work` as another role, under SECURITY_RESTRICTED_OPERATION and with search_path `pg_catalog`, as autovacuum
+/// runs user-owned code. An ERROR inside restores everything with the (sub)transaction's abort.
+pub fn as_owner<T>(owner: pg_sys::Oid, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    let restore = User::switch(owner);
+    let result = safely(work);
+    drop(restore);
+    result
+}
+
+/// Runs `work` with search_path `pg_catalog`, so that no operator or function of a user's is called by mistake.
+pub fn safely<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: the nest level is closed below; on ERROR the abort closes it. Constant C strings.
+    let nest = unsafe {
+        let nest = pg_sys::NewGUCNestLevel();
+        pg_sys::set_config_option(
+            c"search_path".as_ptr(),
+            c"pg_catalog, pg_temp".as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_SAVE,
+            true,
+            0,
+            false,
+        );
+        nest
+    };
+    let result = work();
+    // SAFETY: pairs with NewGUCNestLevel.
+    unsafe { pg_sys::AtEOXact_GUC(false, nest) };
+    result
+}
+
+/// The user before a switch; restored when dropped.
+struct User {
+    id: pg_sys::Oid,
+    context: i32,
+}
+
+impl User {
+    fn switch(to: pg_sys::Oid) -> User {
+        let mut before = User { id: pg_sys::InvalidOid, context: 0 };
+        // SAFETY: plain reads and writes of the session's user, main thread.
+        unsafe {
+            pg_sys::GetUserIdAndSecContext(&mut before.id, &mut before.context);
+            let restricted = pg_sys::SECURITY_RESTRICTED_OPERATION as i32;
+            pg_sys::SetUserIdAndSecContext(to, before.context | restricted);
+        }
+        before
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // SAFETY: as in `switch`.
+        unsafe { pg_sys::SetUserIdAndSecContext(self.id, self.context) };
+    }
+}

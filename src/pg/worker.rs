@@ -1,0 +1,118 @@
+//! What the three kinds of worker have in common: signals, waiting, reload, the main-thread mark, small look-ups.
+
+use pgrx::prelude::*;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Microseconds between 1970 and 2000, PostgreSQL's epoch.
+const POSTGRES_EPOCH: i64 = 946_684_800_000_000;
+
+static RELOAD: AtomicBool = AtomicBool::new(false);
+
+/// PostgreSQL may be touched on one thread only; pgrx checks the same at each call, this names the rule.
+pub fn assert_main_thread() {
+    pg_sys::submodules::thread_check::check_active_thread();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_sighup(_signal: i32) {
+    RELOAD.store(true, Ordering::Release);
+    // SAFETY: SetLatch is safe in a signal handler.
+    unsafe { pg_sys::SetLatch(pg_sys::MyLatch) };
+}
+
+/// Installs the handlers of a worker and unblocks signals: SIGTERM ends it at the next check, as a backend.
+pub fn start() {
+    // SAFETY: first thing in a background worker's main function.
+    unsafe {
+        pg_sys::pqsignal(libc::SIGTERM, Some(super::ffi::die));
+        pg_sys::pqsignal(libc::SIGHUP, Some(on_sighup));
+        pg_sys::BackgroundWorkerUnblockSignals();
+    }
+}
+
+/// Re-reads the configuration when SIGHUP came; whether it did.
+pub fn reload() -> bool {
+    let asked = RELOAD.swap(false, Ordering::AcqRel);
+    if asked {
+        // SAFETY: main thread, outside any transaction.
+        unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    }
+    asked
+}
+
+/// What to wait for besides the latch.
+pub struct Waiting {
+    pub socket: Option<RawFd>,
+    pub writable: bool,
+    pub timeout: Duration,
+}
+
+/// Sleeps until the latch, the socket or the time; ends the process when the postmaster died, raises when it was told
+/// to terminate.
+pub fn wait(waiting: &Waiting) {
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    if waiting.socket.is_some() {
+        events |= pg_sys::WL_SOCKET_READABLE;
+        if waiting.writable {
+            events |= pg_sys::WL_SOCKET_WRITEABLE;
+        }
+    }
+    let millis = i64::try_from(waiting.timeout.as_millis()).unwrap_or(i64::MAX);
+    // SAFETY: main thread; MyLatch is this process's own.
+    unsafe {
+        let socket = waiting.socket.unwrap_or(-1);
+        pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, socket, millis, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    check_interrupts();
+}
+
+/// Ends the process when it was told to.
+pub fn check_interrupts() {
+    pgrx::check_for_interrupts!();
+}
+
+/// Microseconds since 2000, PostgreSQL's clock.
+pub fn now() -> i64 {
+    // SAFETY: reads the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+/// Seconds since 1970.
+pub fn unix_time() -> i64 {
+    now().saturating_add(POSTGRES_EPOCH) / 1_000_000
+}
+
+/// OID of the database this process is connected to.
+pub fn database_oid() -> u32 {
+    // SAFETY: a plain global.
+    u32::from(unsafe { pg_sys::MyDatabaseId })
+}
+
+/// This process's id.
+pub fn pid() -> i32 {
+    // SAFETY: a plain global.
+    unsafe { pg_sys::MyProcPid }
+}
+
+/// Whether the current user may see everything: a member of pg_monitor (superusers are).
+pub fn is_monitor() -> bool {
+    // SAFETY: catalog look-ups inside a transaction.
+    unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(PG_MONITOR)) }
+}
+
+/// OID of the role pg_monitor (catalog/pg_authid.dat, fixed in all versions).
+const PG_MONITOR: u32 = 3373;
+
+/// Shows in pg_stat_activity what the worker does: `active` with a query, or `idle`.
+pub fn report_activity(query: Option<&str>) {
+    let text = query.map(|query| std::ffi::CString::new(query).unwrap_or_default());
+    let state = match &text {
+        Some(_) => pg_sys::BackendState::STATE_RUNNING,
+        None => pg_sys::BackendState::STATE_IDLE,
+    };
+    // SAFETY: PostgreSQL copies the text.
+    unsafe { pg_sys::pgstat_report_activity(state, text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr())) };
+}

@@ -1,0 +1,1028 @@
+//! The gateway's network side alone: real sockets, a real websocket client, and a database worker played by the test.
+//! Each test is a promise. Where one says that something is not sent, something that is sent follows and comes first.
+
+use imbus::core::channel::Channel;
+use imbus::core::hub::Moment;
+use imbus::core::link::{Command, Connection, Decoder, Event, VERSION, encode};
+use imbus::core::notification::Notification;
+use imbus::core::position::Position;
+use imbus::core::settings::{AuthMethod, Database, Settings};
+use imbus::core::token::{Claims, Grant, sign};
+use imbus::net::bridge::{LogLevel, Net, Start, ToMain, ToNet};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tungstenite::client::IntoClientRequest;
+use tungstenite::protocol::frame::Frame;
+use tungstenite::protocol::frame::coding::{Data, OpCode};
+use tungstenite::{Message, WebSocket};
+
+/// How long anything may take that is to happen.
+const PATIENCE: Duration = Duration::from_secs(10);
+const SECRET: &[u8] = b"a secret of the tests";
+const DEMO: u32 = 5;
+const OTHER: u32 = 6;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gateway
+
+struct Gateway {
+    net: Option<Net>,
+    port: u16,
+    folder: PathBuf,
+    logs: Vec<(LogLevel, String)>,
+}
+
+fn settings() -> Settings {
+    Settings {
+        port: 0,
+        listen_addresses: vec!["127.0.0.1".to_owned()],
+        io_threads: 2,
+        auth: vec![AuthMethod::Token],
+        token_secret: SECRET.to_vec(),
+        allowed_origins: Vec::new(),
+        max_connections: 1000,
+        send_queue_max: 1 << 20,
+        rate_limit_burst: 1000,
+        rate_limit_delay: Duration::from_millis(200),
+        keepalive: Duration::from_secs(3600),
+        ping_interval: Duration::from_secs(45),
+    }
+}
+
+fn databases() -> Vec<Database> {
+    vec![Database { oid: DEMO, name: "demo".to_owned() }, Database { oid: OTHER, name: "other".to_owned() }]
+}
+
+impl Gateway {
+    fn new() -> Gateway {
+        Gateway::with(settings())
+    }
+
+    fn with(settings: Settings) -> Gateway {
+        let mut gateway = Gateway::closed(settings, databases());
+        gateway.wait_open();
+        gateway
+    }
+
+    /// Does not wait for the port.
+    fn closed(settings: Settings, databases: Vec<Database>) -> Gateway {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("imbus-net-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let link_path = folder.join("link");
+        std::fs::write(&link_path, "left behind").unwrap();
+        let (settings, databases) = (Arc::new(settings), Arc::new(databases));
+        let net = Net::start(Start { settings, databases, link_path, wake_main: Box::new(|| {}) }).unwrap();
+        Gateway { net: Some(net), port: 0, folder, logs: Vec::new() }
+    }
+
+    fn net(&self) -> &Net {
+        self.net.as_ref().unwrap()
+    }
+
+    /// The next message to the main thread; log lines are put aside.
+    fn next(&mut self) -> ToMain {
+        loop {
+            match self.net().receiver().recv_timeout(PATIENCE).expect("a message to the main thread") {
+                ToMain::Log { level, text, .. } => self.logs.push((level, text)),
+                message => return message,
+            }
+        }
+    }
+
+    fn wait_open(&mut self) {
+        let ToMain::Listening { port } = self.next() else { panic!("listening is said first") };
+        self.port = port;
+    }
+
+    /// Waits for a log line with this text.
+    fn wait_log(&mut self, level: LogLevel, part: &str) {
+        while !self.logs.iter().any(|(found, text)| *found == level && text.contains(part)) {
+            let message = self.net().receiver().recv_timeout(PATIENCE).expect(part);
+            if let ToMain::Log { level, text, .. } = message {
+                self.logs.push((level, text));
+            }
+        }
+    }
+
+    fn wait_until(&self, what: &str, mut is_so: impl FnMut(&Net) -> bool) {
+        let start = Instant::now();
+        while !is_so(self.net()) {
+            assert!(start.elapsed() < PATIENCE, "{what}");
+            std::thread::yield_now();
+        }
+    }
+
+    fn link(&self) -> UnixStream {
+        let start = Instant::now();
+        loop {
+            match UnixStream::connect(self.folder.join("link")) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                    return stream;
+                }
+                Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+            }
+        }
+    }
+
+    fn worker(&self) -> Worker {
+        self.worker_of(DEMO).0
+    }
+
+    /// A database worker that has said hello, and where it was told to go on.
+    fn worker_of(&self, database: u32) -> (Worker, Option<Position>) {
+        let mut worker = Worker::new(self.link());
+        worker.send(&Event::Hello { version: VERSION, database, name: "demo".to_owned() });
+        match worker.next() {
+            Some(Command::Resume { position }) => (worker, position),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn tcp(&self) -> TcpStream {
+        let tcp = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+        tcp.set_write_timeout(Some(PATIENCE)).unwrap();
+        tcp
+    }
+
+    /// A websocket client with this query and these headers besides the necessary ones.
+    fn open(&self, query: &str, headers: &[(&'static str, &str)]) -> Client {
+        let url = format!("ws://127.0.0.1:{}/websocket{query}", self.port);
+        let mut request = url.into_client_request().unwrap();
+        let origin = format!("http://127.0.0.1:{}", self.port);
+        for (name, value) in [("Origin", origin.as_str())].iter().chain(headers) {
+            request.headers_mut().insert(*name, value.parse().unwrap());
+        }
+        Client { socket: tungstenite::client(request, self.tcp()).unwrap().0 }
+    }
+
+    fn client(&self) -> Client {
+        self.client_of(&token(DEMO, "demo"))
+    }
+
+    fn client_of(&self, token: &str) -> Client {
+        self.open(&format!("?version=18.0-2&token={token}"), &[("User-Agent", "test")])
+    }
+
+    /// A client live on these channels.
+    fn subscribed(&self, worker: &mut Worker, channels: &str) -> Client {
+        let mut client = self.client();
+        client.subscribe(channels, 0);
+        worker.answer(&[]);
+        client
+    }
+
+    fn http(&self, request: &str) -> String {
+        let mut tcp = self.tcp();
+        tcp.write_all(request.as_bytes()).unwrap();
+        rest(&mut tcp)
+    }
+
+    /// Stops the gateway; tells how long it took.
+    fn stop(mut self) -> Duration {
+        let start = Instant::now();
+        self.net.take().unwrap().stop();
+        start.elapsed()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        if let Some(net) = self.net.take() {
+            net.stop();
+        }
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn rest(tcp: &mut TcpStream) -> String {
+    let mut bytes = Vec::new();
+    tcp.read_to_end(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The database worker
+
+struct Worker {
+    stream: UnixStream,
+    decoder: Decoder,
+}
+
+impl Worker {
+    fn new(stream: UnixStream) -> Worker {
+        Worker { stream, decoder: Decoder::default() }
+    }
+
+    fn send(&mut self, event: &Event) {
+        self.stream.write_all(&encode(event).unwrap()).unwrap();
+    }
+
+    /// What the gateway says next; None when it hangs up.
+    fn next(&mut self) -> Option<Command> {
+        loop {
+            if let Some(command) = self.decoder.next().unwrap() {
+                return Some(command);
+            }
+            let mut bytes = [0; 4096];
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return None,
+                Ok(count) => self.decoder.feed(&bytes[..count]),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    fn dispatch(&mut self, notifications: &[Notification]) {
+        let high = notifications.iter().map(|notification| notification.id).max().unwrap_or_default();
+        let position = Position { high, gaps: Vec::new() };
+        self.send(&Event::Dispatch { notifications: notifications.to_vec(), position });
+    }
+
+    /// The next recovery asked for: its request, channels and `last`.
+    fn recover(&mut self) -> (u64, Vec<Channel>, i64) {
+        match self.next() {
+            Some(Command::Recover { request, channels, last }) => (request, channels, last),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn recovered(&mut self, request: u64, notifications: &[Notification], more: bool) {
+        self.send(&Event::Recovered { request, notifications: notifications.to_vec(), more });
+    }
+
+    /// Waits for a recovery and answers it.
+    fn answer(&mut self, notifications: &[Notification]) {
+        let (request, ..) = self.recover();
+        self.recovered(request, notifications, false);
+    }
+}
+
+fn channel(name: &str) -> Channel {
+    Channel::from_json(name, "demo").or_else(|_| Channel::plain(name)).unwrap()
+}
+
+fn notification(id: i64, name: &str) -> Notification {
+    Notification { id, channel: channel(name), message: format!(r#"{{"type":"t","payload":{id}}}"#).into() }
+}
+
+fn notifications(pairs: &[(i64, &str)]) -> Vec<Notification> {
+    pairs.iter().map(|(id, name)| notification(*id, name)).collect()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The client
+
+struct Client {
+    socket: WebSocket<TcpStream>,
+}
+
+impl Client {
+    fn say(&mut self, text: &str) {
+        self.socket.send(Message::text(text)).unwrap();
+    }
+
+    fn subscribe(&mut self, channels: &str, last: i64) {
+        self.say(&subscribe(channels, last));
+    }
+
+    /// The ids of the next frame.
+    fn ids(&mut self) -> Vec<i64> {
+        loop {
+            match self.socket.read().unwrap() {
+                Message::Text(text) => {
+                    let frame: serde_json::Value = serde_json::from_str(&text).unwrap();
+                    let id = |entry: &serde_json::Value| {
+                        assert_eq!(entry["message"]["payload"], entry["id"]);
+                        entry["id"].as_i64().unwrap()
+                    };
+                    return frame.as_array().unwrap().iter().map(id).collect();
+                }
+                Message::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The code and reason with which the gateway closes, and that it ends the TCP connection after that.
+    fn closed(&mut self) -> (u16, String) {
+        let close = loop {
+            match self.socket.read().unwrap() {
+                Message::Close(close) => break close.unwrap(),
+                Message::Text(_) | Message::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        let _ = self.socket.flush();
+        let mut bytes = [0; 1024];
+        while self.socket.get_mut().read(&mut bytes).expect("the end of the stream") > 0 {}
+        (close.code.into(), close.reason.to_string())
+    }
+
+    fn closed_with(&mut self, code: u16, reason: &str) {
+        assert_eq!(self.closed(), (code, reason.to_owned()));
+    }
+}
+
+fn subscribe(channels: &str, last: i64) -> String {
+    format!(r#"{{"event_name":"subscribe","data":{{"channels":{channels},"last":{last}}}}}"#)
+}
+
+fn unix() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64
+}
+
+fn claims(oid: u32, db: &str, channels: Grant) -> Claims {
+    Claims { db: db.to_owned(), oid, channels, iat: unix(), exp: unix() + 3600, sub: Some("ann".to_owned()), admin: false }
+}
+
+fn token(oid: u32, db: &str) -> String {
+    sign(&claims(oid, db, Grant::All), SECRET).unwrap()
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Delivery
+
+#[test]
+fn a_dispatch_reaches_its_subscribers_and_no_other_database() {
+    let gateway = Gateway::new();
+    let (mut demo, mut other) = (gateway.worker(), gateway.worker_of(OTHER).0);
+    let mut mine: Vec<Client> = (0..3).map(|_| gateway.subscribed(&mut demo, r#"["a",["res.partner",42]]"#)).collect();
+    let mut theirs = gateway.client_of(&token(OTHER, "other"));
+    theirs.subscribe(r#"["a"]"#, 0);
+    other.answer(&[]);
+    demo.dispatch(&notifications(&[(1, "b"), (2, "a"), (3, r#"["res.partner",42]"#)]));
+    other.dispatch(&notifications(&[(4, "a")]));
+    for client in &mut mine {
+        assert_eq!((client.ids(), client.ids()), (vec![2], vec![3]));
+    }
+    assert_eq!(theirs.ids(), [4], "nothing of the other database before it");
+}
+
+#[test]
+fn nothing_is_sent_before_the_recovery_and_nothing_is_lost_or_doubled_around_it() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    for _ in 0..2 {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, 7);
+        let (request, channels, last) = worker.recover();
+        assert_eq!((channels, last), (vec![channel("a")], 7));
+        worker.dispatch(&notifications(&[(9, "a"), (10, "a")]));
+        worker.recovered(request, &notifications(&[(8, "a"), (6, "a")]), true);
+        worker.recovered(request, &notifications(&[(9, "a"), (10, "a")]), false);
+        worker.dispatch(&notifications(&[(11, "a")]));
+        assert_eq!((client.ids(), client.ids(), client.ids()), (vec![8], vec![6, 9, 10], vec![11]));
+    }
+}
+
+#[test]
+fn a_repeated_subscribe_recovers_only_what_is_new_and_repeats_nothing() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    client.subscribe(r#"["a","a"]"#, 5);
+    worker.answer(&notifications(&[(6, "a")]));
+    assert_eq!(client.ids(), [6]);
+    client.subscribe(r#"["a"]"#, 1);
+    client.subscribe(r#"["b","a"]"#, 1);
+    let (request, channels, last) = worker.recover();
+    assert_eq!((channels, last), (vec![channel("b")], 5), "the unchanged subscribe asked for nothing");
+    worker.dispatch(&notifications(&[(7, "a"), (8, "b")]));
+    worker.recovered(request, &notifications(&[(6, "a"), (8, "b")]), false);
+    assert_eq!((client.ids(), client.ids()), (vec![7], vec![8]));
+    client.subscribe(r#"["b"]"#, 1);
+    client.subscribe(r#"["b","a"]"#, 1);
+    worker.answer(&notifications(&[(6, "a"), (7, "a"), (9, "a")]));
+    assert_eq!(client.ids(), [9], "6 and 7 were sent on this socket before");
+    client.subscribe("[]", 1);
+    client.subscribe(r#"["c"]"#, 1);
+    worker.answer(&[]);
+    worker.dispatch(&notifications(&[(10, "a"), (11, "c")]));
+    assert_eq!(client.ids(), [11]);
+}
+
+#[test]
+fn ids_ascend_inside_a_frame_and_order_is_never_changed() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.subscribed(&mut worker, r#"["a","b"]"#);
+    worker.dispatch(&notifications(&[(3, "a"), (5, "a"), (4, "a"), (6, "b"), (7, "a")]));
+    let frames: Vec<_> = (0..4).map(|_| client.ids()).collect();
+    assert_eq!(frames, [vec![3, 5], vec![4], vec![6], vec![7]]);
+}
+
+#[test]
+fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
+    let mut gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    assert_eq!(gateway.next(), ToMain::LinkUp { database: DEMO });
+    let mut client = gateway.subscribed(&mut worker, r#"["a"]"#);
+    worker.dispatch(&notifications(&[(7, "a")]));
+    assert_eq!(client.ids(), [7]);
+    client.subscribe(r#"["a","b"]"#, 0);
+    let (request, ..) = worker.recover();
+    worker.recovered(request, &notifications(&[(3, "b")]), true);
+    drop(worker);
+    assert_eq!(gateway.next(), ToMain::LinkDown { database: DEMO });
+    let mut late = gateway.client();
+    late.subscribe(r#"["a"]"#, 6);
+    let (mut worker, position) = gateway.worker_of(DEMO);
+    assert_eq!(position, Some(Position { high: 7, gaps: Vec::new() }));
+    let mut asked = [worker.recover(), worker.recover()];
+    asked.sort_by_key(|(_, _, last)| *last);
+    assert_eq!(asked.each_ref().map(|(_, channels, last)| (channels.clone(), *last)), [
+        (vec![channel("b")], 0),
+        (vec![channel("a")], 6)
+    ]);
+    worker.dispatch(&notifications(&[(8, "a")]));
+    worker.recovered(asked[0].0, &notifications(&[(3, "b")]), false);
+    worker.recovered(asked[1].0, &notifications(&[(7, "a"), (8, "a")]), false);
+    assert_eq!((client.ids(), client.ids()), (vec![8], vec![3]), "a half answer before the loss counts for nothing");
+    assert_eq!(late.ids(), [7, 8]);
+}
+
+#[test]
+fn a_second_worker_of_a_database_replaces_the_first() {
+    let mut gateway = Gateway::new();
+    let mut first = gateway.worker();
+    let mut second = gateway.worker();
+    assert_eq!(first.next(), None);
+    let up = ToMain::LinkUp { database: DEMO };
+    let said = [gateway.next(), gateway.next(), gateway.next()];
+    assert_eq!(said, [up.clone(), ToMain::LinkDown { database: DEMO }, up]);
+    let mut client = gateway.subscribed(&mut second, r#"["a"]"#);
+    second.dispatch(&notifications(&[(1, "a")]));
+    assert_eq!(client.ids(), [1]);
+}
+
+#[test]
+fn links_that_speak_something_else_are_hung_up_on() {
+    let mut gateway = Gateway::new();
+    let mut old = Worker::new(gateway.link());
+    old.send(&Event::Hello { version: VERSION + 1, database: DEMO, name: "demo".to_owned() });
+    assert_eq!(old.next(), None);
+    gateway.wait_log(LogLevel::Warning, "version");
+    let mut rude = Worker::new(gateway.link());
+    rude.dispatch(&[]);
+    assert_eq!(rude.next(), None);
+    for bytes in [&[0xff; 8][..], &[1, 0, 0, 0, 250]] {
+        let mut garbage = Worker::new(gateway.link());
+        garbage.stream.write_all(bytes).unwrap();
+        assert_eq!(garbage.next(), None);
+    }
+    gateway.wait_log(LogLevel::Warning, "malformed");
+    gateway.worker();
+}
+
+#[test]
+fn the_link_socket_is_for_the_owner_only_and_goes_with_the_gateway() {
+    let gateway = Gateway::new();
+    let _ = gateway.worker();
+    let path = gateway.folder.join("link");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    let folder = gateway.folder.clone();
+    gateway.net().send(ToNet::Stop);
+    let start = Instant::now();
+    while path.exists() {
+        assert!(start.elapsed() < PATIENCE && folder.exists());
+    }
+}
+
+#[test]
+fn emits_reach_the_main_thread() {
+    let mut gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    assert_eq!(gateway.next(), ToMain::LinkUp { database: DEMO });
+    worker.send(&Event::Emit { payloads: vec!["[]".to_owned()] });
+    assert_eq!(gateway.next(), ToMain::Emit { payloads: vec!["[]".to_owned()] });
+}
+
+#[test]
+fn an_inspector_sees_the_connections_of_all_reactors() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut clients: Vec<Client> = (0..5).map(|_| gateway.subscribed(&mut worker, r#"["a","b"]"#)).collect();
+    worker.dispatch(&notifications(&[(1, "a"), (2, "a")]));
+    clients.iter_mut().for_each(|client| assert_eq!(client.ids(), [1, 2]));
+    let inspect = |database| -> Vec<Connection> {
+        let mut inspector = Worker::new(gateway.link());
+        inspector.send(&Event::Inspect { version: VERSION, database });
+        let Some(Command::Connections(connections)) = inspector.next() else { panic!("no list") };
+        assert_eq!(inspector.next(), None);
+        connections
+    };
+    assert_eq!(inspect(Some(OTHER)), []);
+    let found = inspect(None);
+    let mut ids: Vec<_> = found.iter().map(|connection| connection.id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 5);
+    for connection in found {
+        assert_eq!((connection.database, connection.channels, connection.sent), (DEMO, 2, 2));
+        assert_eq!((connection.user_agent.as_str(), connection.subject.as_deref()), ("test", Some("ann")));
+        assert!(connection.address.starts_with("127.0.0.1:") && connection.queued == 0);
+    }
+    assert_eq!(inspect(Some(DEMO)).len(), 5);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Who may come in
+
+#[test]
+fn without_a_valid_token_nobody_stays() {
+    let gateway = Gateway::new();
+    let expired = Claims { exp: unix() - 1, ..claims(DEMO, "demo", Grant::All) };
+    for (bad, reason) in [
+        (String::new(), "no token"),
+        ("nonsense".to_owned(), "token"),
+        (sign(&claims(DEMO, "demo", Grant::All), b"another secret").unwrap(), "token"),
+        (sign(&expired, SECRET).unwrap(), "expired"),
+        (token(7, "demo"), "database"),
+        (token(DEMO, "other"), "database"),
+    ] {
+        let (code, text) = gateway.client_of(&bad).closed();
+        assert!(code == 4401 && text.contains(reason), "{code} {text}");
+    }
+}
+
+#[test]
+fn a_token_is_found_in_header_and_cookie_too() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let token = token(DEMO, "demo");
+    let (bearer, cookie) = (format!("bearer {token}"), format!("a=b; imbus_token={token}; c=d"));
+    for headers in [[("Authorization", bearer.as_str())], [("Cookie", cookie.as_str())]] {
+        let mut client = gateway.open("", &headers);
+        client.subscribe(r#"["a"]"#, 0);
+        worker.answer(&notifications(&[(1, "a")]));
+        assert_eq!(client.ids(), [1]);
+    }
+}
+
+#[test]
+fn an_outdated_client_is_told_to_reload() {
+    let gateway = Gateway::new();
+    let token = token(DEMO, "demo");
+    for version in ["", "version=17.0-3&", "version=18.0-1&"] {
+        let mut client = gateway.open(&format!("?{version}token={token}"), &[("User-Agent", "test")]);
+        client.closed_with(1000, "OUTDATED_VERSION");
+    }
+    let mut worker = gateway.worker();
+    let mut box_without_agent = gateway.open(&format!("?token={token}"), &[]);
+    box_without_agent.subscribe(r#"["a"]"#, 0);
+    worker.answer(&notifications(&[(1, "a")]));
+    assert_eq!(box_without_agent.ids(), [1]);
+}
+
+#[test]
+fn a_channel_outside_the_claims_closes_with_4403() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let grant = Grant::Channels(vec![channel("a"), channel(r#"["res.partner",42]"#)]);
+    let token = sign(&claims(DEMO, "demo", grant), SECRET).unwrap();
+    let mut client = gateway.client_of(&token);
+    client.subscribe(r#"["a",["res.partner",42]]"#, 0);
+    worker.answer(&[]);
+    client.subscribe(r#"["a",["res.partner",43]]"#, 0);
+    let (code, reason) = client.closed();
+    assert!(code == 4403 && reason.contains(r#"["res.partner",43]"#), "{code} {reason}");
+    let mut client = gateway.client_of(&token);
+    client.subscribe(&format!(r#"["{}"]"#, "x".repeat(500)), 0);
+    let (code, reason) = client.closed();
+    assert_eq!((code, reason.len()), (4403, 123));
+}
+
+#[test]
+fn tokens_end_with_their_time_and_with_their_secret() {
+    let gateway = Gateway::new();
+    let short = Claims { exp: unix() + 1, ..claims(DEMO, "demo", Grant::All) };
+    let mut client = gateway.client_of(&sign(&short, SECRET).unwrap());
+    assert_eq!(client.closed().0, 4401);
+    let mut client = gateway.client();
+    gateway.wait_until("the connection opens", |net| net.counters().connections_open.load(Ordering::Relaxed) == 1);
+    let same = Settings { max_connections: 5, ..settings() };
+    gateway.net().send(ToNet::Settings(Arc::new(same)));
+    gateway.net().send(ToNet::Settings(Arc::new(Settings { token_secret: b"new".to_vec(), ..settings() })));
+    assert_eq!(client.closed().0, 4401);
+}
+
+#[test]
+fn databases_come_and_go() {
+    let mut gateway = Gateway::closed(settings(), Vec::new());
+    gateway.wait_open();
+    assert_eq!(gateway.client().closed().0, 1013);
+    gateway.net().send(ToNet::Databases(Arc::new(databases())));
+    let mut worker = gateway.worker();
+    // Each reactor takes the list when it comes to it.
+    let mut client = loop {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, 0);
+        client.socket.get_mut().set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        if client.socket.read().is_err_and(|error| matches!(error, tungstenite::Error::Io(_))) {
+            client.socket.get_mut().set_read_timeout(Some(PATIENCE)).unwrap();
+            break client;
+        }
+    };
+    worker.answer(&notifications(&[(1, "a")]));
+    assert_eq!(client.ids(), [1]);
+    worker.dispatch(&notifications(&[(2, "a")]));
+    assert_eq!(client.ids(), [2]);
+    gateway.net().send(ToNet::Databases(Arc::new(databases().split_off(1))));
+    assert_eq!(client.closed().0, 1001);
+    assert_eq!(gateway.client().closed().0, 4401);
+    drop(worker);
+    assert_eq!(gateway.worker_of(DEMO).1, None, "the position of a dropped extension is forgotten");
+}
+
+#[test]
+fn a_foreign_origin_is_refused() {
+    let gateway = Gateway::with(Settings { allowed_origins: vec!["https://shop.example.com".to_owned()], ..settings() });
+    let ask = |origin: &str| {
+        let host = format!("127.0.0.1:{}", gateway.port);
+        let answer = gateway.http(&upgrade_request(&host, &[("Origin", origin)], "Connection: close, upgrade"));
+        answer.lines().next().unwrap_or_default().to_owned()
+    };
+    let own = format!("http://127.0.0.1:{}", gateway.port);
+    assert_eq!(ask(&own), "HTTP/1.1 101 Switching Protocols");
+    assert_eq!(ask("https://shop.example.com"), "HTTP/1.1 101 Switching Protocols");
+    for origin in ["https://evil.example", "null", "http://127.0.0.1:1", "http://127.0.0.1"] {
+        assert_eq!(ask(origin), "HTTP/1.1 403 Forbidden");
+    }
+}
+
+/// An upgrade without a token: when it succeeds, the gateway closes right after it.
+fn upgrade_request(host: &str, headers: &[(&str, &str)], connection: &str) -> String {
+    let mut request = format!(
+        "GET /websocket HTTP/1.1\r\nHost: {host}\r\n{connection}\r\nUpgrade: WebSocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    );
+    headers.iter().for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));
+    request + "\r\n"
+}
+
+#[test]
+fn an_unfit_handshake_gets_an_http_error() {
+    let gateway = Gateway::new();
+    let own = format!("http://127.0.0.1:{}", gateway.port);
+    let host = format!("127.0.0.1:{}", gateway.port);
+    let good = upgrade_request(&host, &[("Origin", &own)], "Connection: Upgrade");
+    assert!(gateway.http(&good).contains("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"));
+    for (part, instead, status) in [
+        ("Origin", "X-Origin", "400"),
+        ("Connection: Upgrade", "Connection: keep-alive", "400"),
+        ("Connection: Upgrade", "X-Connection: Upgrade", "400"),
+        ("Upgrade: WebSocket", "Upgrade: h2c", "400"),
+        ("Host: ", "X-Host: ", "400"),
+        ("dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhbXBsZQ==", "400"),
+        ("dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhbXBsZSBub25jZQ!!", "400"),
+        ("Version: 13", "Version: 8", "426"),
+        ("HTTP/1.1", "HTTP/1.0", "400"),
+        ("GET ", "POST ", "405"),
+        ("\r\n\r\n", "\r\nContent-Length: 1\r\n\r\nx", "400"),
+    ] {
+        assert!(good.contains(part));
+        let bad = good.replacen(part, instead, 1).replacen("GET /websocket ", "GET /websocket ", 1);
+        let mut tcp = gateway.tcp();
+        tcp.write_all(bad.as_bytes()).unwrap();
+        let mut head = [0; 12];
+        tcp.read_exact(&mut head).unwrap();
+        assert_eq!(std::str::from_utf8(&head).unwrap(), format!("HTTP/1.1 {status}"), "{bad}");
+    }
+    let rejected = gateway.net().counters().handshakes_rejected.load(Ordering::Relaxed);
+    assert!(rejected >= 9, "{rejected}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What clients do wrong
+
+#[test]
+fn messages_without_meaning_change_nothing() {
+    let mut gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.subscribed(&mut worker, r#"["a"]"#);
+    for text in [
+        "nonsense",
+        "[]",
+        "{}",
+        r#"{"event_name":"subscribe"}"#,
+        r#"{"event_name":"update_presence","data":{"inactivity_period":0,"im_status_ids_by_model":{}}}"#,
+        r#"{"event_name":"subscribe","data":{"channels":[42],"last":0}}"#,
+        r#"{"event_name":"subscribe","data":{"channels":["b",""],"last":0}}"#,
+        r#"{"event_name":"subscribe","data":{"channels":["b"]}}"#,
+        r#"{"event_name":"subscribe","data":{"channels":["b"],"last":-1}}"#,
+        r#"{"event_name":"subscribe","data":{"channels":["b"],"last":9223372036854775808}}"#,
+    ] {
+        client.say(text);
+    }
+    for bytes in [&[0][..], &[0xff, 0xfe]] {
+        client.socket.send(Message::binary(bytes.to_vec())).unwrap();
+    }
+    client.socket.send(Message::binary(subscribe(r#"["a","c"]"#, 0).into_bytes())).unwrap();
+    let (request, channels, _) = worker.recover();
+    assert_eq!(channels, [channel("c")], "a binary message counts like a text");
+    worker.recovered(request, &[], false);
+    worker.dispatch(&notifications(&[(1, "b"), (2, "a")]));
+    assert_eq!(client.ids(), [2]);
+    gateway.wait_log(LogLevel::Debug, "ignored a message");
+}
+
+#[test]
+fn a_mebibyte_is_taken_and_one_byte_more_is_not() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    let mut text = subscribe(r#"["a"]"#, 0);
+    text.push_str(&" ".repeat((1 << 20) - text.len()));
+    client.say(&text);
+    worker.answer(&notifications(&[(1, "a")]));
+    assert_eq!(client.ids(), [1]);
+    client.say(&(text + " "));
+    assert_eq!(client.closed().0, 1009);
+    let mut client = gateway.client();
+    for (first, opcode) in [(true, OpCode::Data(Data::Text)), (false, OpCode::Data(Data::Continue))] {
+        let frame = Frame::message(vec![b' '; (1 << 19) + usize::from(!first)], opcode, false);
+        client.socket.send(Message::Frame(frame)).unwrap();
+    }
+    assert_eq!(client.closed().0, 1009, "the sum of the fragments counts");
+}
+
+#[test]
+fn broken_frames_and_broken_text_are_closed() {
+    let gateway = Gateway::new();
+    for (bytes, code) in [
+        (&[0x81, 1, b'x'][..], 1002),
+        (&[0xc1, 0x81, 0, 0, 0, 0, b'x'], 1002),
+        (&[0x83, 0x80, 0, 0, 0, 0], 1002),
+        (&[0x80, 0x80, 0, 0, 0, 0], 1002),
+        (&[0x09, 0x80, 0, 0, 0, 0], 1002),
+        (&[0x88, 0x81, 0, 0, 0, 0, 3], 1002),
+        (&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xec], 1002),
+        (&[0x81, 0x82, 0, 0, 0, 0, 0xff, 0xfe], 1007),
+        (&[0x88, 0x83, 0, 0, 0, 0, 0x03, 0xe8, 0xff], 1007),
+        (&[0x88, 0x80, 0, 0, 0, 0], 1005),
+        (&[0x88, 0x82, 0, 0, 0, 0, 0x0f, 0xa1], 4001),
+    ] {
+        let mut client = gateway.client();
+        client.socket.get_mut().write_all(bytes).unwrap();
+        let Message::Close(close) = client.socket.read().unwrap() else { panic!("no close for {bytes:?}") };
+        assert_eq!(close.map_or(1005, |close| close.code.into()), code, "{bytes:?}");
+    }
+}
+
+#[test]
+fn the_eleventh_frame_too_soon_is_one_too_many() {
+    let gateway = Gateway::with(Settings { rate_limit_burst: 10, ..settings() });
+    let mut worker = gateway.worker();
+    let mut client = gateway.subscribed(&mut worker, r#"["a"]"#);
+    for _ in 0..9 {
+        client.socket.send(Message::Ping(Vec::new().into())).unwrap();
+    }
+    worker.dispatch(&notifications(&[(1, "a")]));
+    loop {
+        match client.socket.read().unwrap() {
+            Message::Text(_) => break,
+            other => assert!(other.is_pong()),
+        }
+    }
+    client.socket.send(Message::Frame(Frame::message("", OpCode::Data(Data::Text), false))).unwrap();
+    let close = loop {
+        match client.socket.read().unwrap() {
+            Message::Close(close) => break close.unwrap(),
+            other => assert!(other.is_pong()),
+        }
+    };
+    assert_eq!((u16::from(close.code), close.reason.as_str()), (1013, ""), "a fragment is a frame too");
+}
+
+#[test]
+fn a_slow_consumer_is_closed_and_another_goes_on() {
+    let gateway = Gateway::with(Settings { send_queue_max: 64 * 1024, ..settings() });
+    let mut worker = gateway.worker();
+    let mut slow = gateway.subscribed(&mut worker, r#"["a"]"#);
+    let mut quick = gateway.subscribed(&mut worker, r#"["a"]"#);
+    let filler = "x".repeat(256 * 1024);
+    let mut id = 0;
+    while gateway.net().counters().slow_consumers.load(Ordering::Relaxed) == 0 {
+        id += 1;
+        assert!(id < 1000, "the kernel's buffers are not that large");
+        let message = format!(r#"{{"type":"{filler}","payload":{id}}}"#).into();
+        worker.dispatch(&[Notification { id, channel: channel("a"), message }]);
+        assert_eq!(quick.ids(), [id], "a frame above the limit passes an empty queue");
+    }
+    // What the kernel held of the last frame is followed by the close, or the stream ends in the middle of it.
+    let close = loop {
+        match slow.socket.read() {
+            Ok(Message::Close(close)) => break close.map(|close| u16::from(close.code)),
+            Ok(_) => {}
+            Err(error) => panic!("{error}"),
+        }
+    };
+    assert_eq!(close, Some(1013));
+    worker.dispatch(&notifications(&[(id + 1, "a")]));
+    assert_eq!(quick.ids(), [id + 1]);
+}
+
+#[test]
+fn a_replay_larger_than_the_queue_is_no_offence() {
+    let gateway = Gateway::with(Settings { send_queue_max: 64 * 1024, ..settings() });
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    client.subscribe(r#"["a"]"#, 1);
+    let filler = "x".repeat(32 * 1024);
+    let message = |id| format!(r#"{{"type":"{filler}","payload":{id}}}"#).into();
+    let rows: Vec<_> = (1..=300).map(|id| Notification { id, channel: channel("a"), message: message(id) }).collect();
+    worker.answer(&rows);
+    worker.dispatch(&notifications(&[(301, "a")]));
+    let mut got = Vec::new();
+    while got.len() < 301 {
+        got.extend(client.ids());
+    }
+    assert_eq!(got, (1..=301).collect::<Vec<_>>());
+    assert_eq!(gateway.net().counters().slow_consumers.load(Ordering::Relaxed), 0);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Time
+
+#[test]
+fn silence_is_answered_by_pings_and_age_by_4002() {
+    let gateway = Gateway::with(Settings { ping_interval: Duration::from_millis(50), ..settings() });
+    let mut client = gateway.client();
+    for _ in 0..2 {
+        assert_eq!(client.socket.read().unwrap(), Message::Ping(Vec::new().into()));
+        client.socket.flush().unwrap();
+    }
+    let gateway = Gateway::with(Settings { keepalive: Duration::from_millis(50), ..settings() });
+    gateway.client().closed_with(4002, "");
+}
+
+#[test]
+fn a_stop_says_1001_to_everybody_and_does_not_wait_for_the_deaf() {
+    let gateway = Gateway::new();
+    let mut clients: Vec<Client> = (0..4).map(|_| gateway.client()).collect();
+    let _deaf = gateway.client();
+    let _half = gateway.tcp();
+    gateway.wait_until("all are open", |net| net.counters().connections_open.load(Ordering::Relaxed) == 5);
+    let stopped = std::thread::spawn(move || gateway.stop());
+    clients.iter_mut().for_each(|client| assert_eq!(client.closed().0, 1001));
+    assert!(stopped.join().unwrap() < Duration::from_secs(3));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// HTTP
+
+#[test]
+fn a_taken_port_is_tried_again_and_logged_once() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let mut gateway = Gateway::closed(Settings { port, ..settings() }, databases());
+    gateway.wait_log(LogLevel::Warning, "could not listen");
+    drop(taken);
+    gateway.wait_open();
+    assert_eq!(gateway.port, port);
+    gateway.wait_log(LogLevel::Log, "listening on address \"127.0.0.1\"");
+    assert_eq!(gateway.logs.iter().filter(|(level, _)| *level == LogLevel::Warning).count(), 1);
+    assert!(gateway.http("GET /websocket/health HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 OK\r\n"));
+}
+
+#[test]
+fn every_kind_of_address_can_be_listened_on() {
+    for names in [&["*"][..], &["localhost"], &["127.0.0.1", "localhost", "127.0.0.2"]] {
+        let names = names.iter().map(|name| name.to_string()).collect();
+        let gateway = Gateway::with(Settings { listen_addresses: names, ..settings() });
+        assert!(gateway.http("GET /websocket/health HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 OK\r\n"));
+    }
+}
+
+#[test]
+fn health_answers_on_one_connection_as_often_as_asked() {
+    let gateway = Gateway::new();
+    let body = "{\"status\": \"pass\"}";
+    let ask = "GET /websocket/health HTTP/1.1\r\nHost: x\r\n\r\n";
+    let last = "GET /websocket/health?x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let head = "HEAD http://x/websocket/health HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc";
+    let answer = gateway.http(&[ask, head, ask, last].concat());
+    assert_eq!(answer.matches("HTTP/1.1 200 OK\r\n").count(), 4);
+    assert_eq!(answer.matches(body).count(), 3);
+    assert_eq!(answer.matches("Cache-Control: no-store\r\n").count(), 4);
+    assert_eq!(answer.matches("Content-Length: 18\r\n").count(), 4);
+    assert!(answer.ends_with(&format!("Connection: close\r\n\r\n{body}")));
+    let kept = "GET /websocket/health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n";
+    let answer = gateway.http(&[kept, "GET /websocket/health HTTP/1.0\r\n\r\n"].concat());
+    assert_eq!(answer.matches(body).count(), 2);
+}
+
+#[test]
+fn requests_that_cannot_be_answered_get_their_status() {
+    let gateway = Gateway::new();
+    let long = format!("GET / HTTP/1.1\r\nHost: x\r\nX-Long: {}", "x".repeat(8192));
+    let many = format!("GET / HTTP/1.1\r\nHost: x\r\n{}\r\n", "X: y\r\n".repeat(100));
+    for (request, status) in [
+        ("GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 404),
+        ("DELETE /websocket/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405),
+        ("\x16\x03\x01\x02\x00\x01\x00\x01\u{fc}\x03\x03", 400),
+        ("hello, is anybody there?\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1x\r\n\r\n", 400),
+        ("GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+        ("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1048577\r\n\r\n", 413),
+        ("POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
+        (&long, 431),
+        (&many, 431),
+    ] {
+        let answer = gateway.http(request);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{request:.60} {answer}");
+        assert!(answer.contains("Connection: close\r\n"), "{request:.60} {answer}");
+    }
+    let allow = gateway.http("PUT /websocket/health HTTP/1.0\r\n\r\n");
+    assert!(allow.contains("Allow: GET, HEAD\r\n"), "{allow}");
+    let body = "x".repeat(1 << 20);
+    let post = format!("POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    let answer = gateway.http(&[&post, "GET /websocket/health HTTP/1.0\r\n\r\n"].concat());
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.ends_with("{\"status\": \"pass\"}"), "{answer}");
+}
+
+#[test]
+fn too_many_connections_are_told_to_come_later() {
+    let gateway = Gateway::with(Settings { max_connections: 2, ..settings() });
+    let _two = [gateway.client(), gateway.client()];
+    let answer = gateway.http("GET /websocket HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After: "), "{answer}");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// All at once
+
+/// A worker that knows every notification of one channel dispatched so far, while clients come, go and come back.
+#[test]
+fn in_the_thick_of_it_everything_comes_once_and_in_order() {
+    const LAST: i64 = 3_000;
+    let gateway = Gateway::with(Settings { io_threads: 3, ..settings() });
+    let worker = gateway.worker();
+    let feeder = std::thread::spawn(move || feed(worker, LAST));
+    std::thread::scope(|scope| {
+        for number in 0..12 {
+            let gateway = &gateway;
+            scope.spawn(move || hear(gateway, number, LAST));
+        }
+    });
+    drop(gateway);
+    feeder.join().unwrap();
+}
+
+/// Dispatches ids 1 to `last` on channel "a" and answers recoveries in between, until the gateway is gone.
+fn feed(mut worker: Worker, last: i64) {
+    worker.stream.set_nonblocking(true).unwrap();
+    let mut id: i64 = 0;
+    let mut bytes = [0; 4096];
+    loop {
+        match worker.stream.read(&mut bytes) {
+            Ok(0) => return,
+            Ok(count) => worker.decoder.feed(&bytes[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
+        worker.stream.set_nonblocking(false).unwrap();
+        while let Some(command) = worker.decoder.next::<Command>().unwrap() {
+            let Command::Recover { request, last, .. } = command else { panic!("{command:?}") };
+            let rows: Vec<_> = (last + 1..=id).map(|id| notification(id, "a")).collect();
+            worker.recovered(request, &rows, false);
+        }
+        if id < last {
+            let count = (id % 4 + 1).min(last - id);
+            worker.dispatch(&(id + 1..=id + count).map(|id| notification(id, "a")).collect::<Vec<_>>());
+            id += count;
+        }
+        worker.stream.set_nonblocking(true).unwrap();
+        std::thread::yield_now();
+    }
+}
+
+/// Hears everything from 1 to `last`, over several connections.
+fn hear(gateway: &Gateway, number: i64, last: i64) {
+    let mut heard: i64 = 0;
+    let patience: Moment = 300 + 50 * number as Moment;
+    while heard < last {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, heard);
+        let stay = heard + patience as i64;
+        while heard < last.min(stay) {
+            for id in client.ids() {
+                assert_eq!(id, heard + 1, "client {number}");
+                heard = id;
+            }
+        }
+    }
+}

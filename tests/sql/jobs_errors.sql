@@ -1,0 +1,61 @@
+-- What cannot run is refused when it is enqueued.
+CREATE FUNCTION regress_add(a int, b int DEFAULT 1) RETURNS int LANGUAGE sql AS 'SELECT a + b';
+CREATE FUNCTION regress_twice(a int) RETURNS int LANGUAGE sql AS 'SELECT a';
+CREATE FUNCTION regress_twice(a text) RETURNS int LANGUAGE sql AS 'SELECT 1';
+CREATE FUNCTION regress_any(a anyelement) RETURNS int LANGUAGE sql AS 'SELECT 1';
+CREATE PROCEDURE regress_procedure() LANGUAGE sql AS 'SELECT 1';
+SELECT ir_async_call(NULL);
+SELECT ir_async_call('');
+SELECT ir_async_call('no_such_function');
+SELECT ir_async_call('no_such_schema.f');
+SELECT ir_async_call('a.b.c');
+SELECT ir_async_call('regress_add');
+SELECT ir_async_call('regress_add', '[1, 2, 3]');
+SELECT ir_async_call('regress_add', '[1]', '{"a": 2}');
+SELECT ir_async_call('regress_add', '[1]', '{"c": 2}');
+SELECT ir_async_call('regress_twice', '[1]');
+SELECT ir_async_call('regress_any', '[1]');
+SELECT ir_async_call('regress_procedure');
+SELECT ir_async_call('regress_add', '{"a": 1}');
+SELECT ir_async_call('regress_add', '[1]', '[2]');
+SELECT ir_async_call('regress_add', '[1]', notify => '42');
+SELECT ir_async_call('regress_add', '[1]', max_attempts => 0);
+SELECT ir_async_call('write', model => 'res.partner', res_ids => '{1}');
+SELECT ir_async_call('regress_add', '[1]', timeout => '1 s');
+SELECT ir_async_call_notify('x', 'regress_add', '[1]', '{}', NULL);
+
+CREATE ROLE imbus_regress_nologin;
+CREATE ROLE imbus_regress_login LOGIN;
+GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA public TO imbus_regress_nologin, imbus_regress_login;
+REVOKE EXECUTE ON FUNCTION regress_add(int, int) FROM PUBLIC, imbus_regress_login;
+SET ROLE imbus_regress_nologin;
+SELECT ir_async_call('regress_add', '[1]');
+SET ROLE imbus_regress_login;
+SELECT ir_async_call('regress_add', '[1]');
+RESET ROLE;
+
+SELECT ir_async_status(NULL);
+SELECT ir_async_status(-1) IS NULL AS unknown;
+SELECT ir_async_complete(-1);
+SELECT count(*) FROM ir_async;
+
+-- A waiting job: refused to be completed, hidden from strangers, one per identity_key.
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity', identity_key => 'k') AS id \gset
+SELECT ir_async_call('regress_add', '[2]', identity_key => 'k') = :id AS same;
+SELECT ir_async_status(:id) -> 'state' AS state, ir_async_status(:id) ->> 'target' AS target;
+\set VERBOSITY terse
+SET ROLE imbus_regress_login;
+SELECT ir_async_status(:id) IS NULL AS hidden;
+RESET ROLE;
+\set VERBOSITY default
+DO $$ BEGIN PERFORM ir_async_complete(id) FROM ir_async; EXCEPTION WHEN object_not_in_prerequisite_state THEN
+    RAISE NOTICE 'not in the right state'; END $$;
+SET ROLE imbus_regress_login;
+DO $$ DECLARE job bigint := currval('ir_async_id_seq'); BEGIN PERFORM ir_async_complete(job);
+    EXCEPTION WHEN insufficient_privilege THEN RAISE NOTICE 'not allowed'; END $$;
+RESET ROLE;
+DELETE FROM ir_async;
+DROP OWNED BY imbus_regress_nologin, imbus_regress_login;
+DROP ROLE imbus_regress_nologin, imbus_regress_login;
+DROP FUNCTION regress_add, regress_twice(int), regress_twice(text), regress_any;
+DROP PROCEDURE regress_procedure;
