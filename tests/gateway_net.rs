@@ -207,7 +207,7 @@ impl Drop for Gateway {
 fn rest(tcp: &mut TcpStream) -> String {
     let mut bytes = Vec::new();
     tcp.read_to_end(&mut bytes).unwrap();
-    String::from_utf8(bytes).unwrap()
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +343,15 @@ fn unix() -> i64 {
 }
 
 fn claims(oid: u32, db: &str, channels: Grant) -> Claims {
-    Claims { db: db.to_owned(), oid, channels, iat: unix(), exp: unix() + 3600, sub: Some("ann".to_owned()), admin: false }
+    Claims {
+        db: db.to_owned(),
+        oid,
+        channels,
+        iat: unix(),
+        exp: unix() + 3600,
+        sub: Some("ann".to_owned()),
+        admin: false,
+    }
 }
 
 fn token(oid: u32, db: &str) -> String {
@@ -441,10 +449,10 @@ fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
     assert_eq!(position, Some(Position { high: 7, gaps: Vec::new() }));
     let mut asked = [worker.recover(), worker.recover()];
     asked.sort_by_key(|(_, _, last)| *last);
-    assert_eq!(asked.each_ref().map(|(_, channels, last)| (channels.clone(), *last)), [
-        (vec![channel("b")], 0),
-        (vec![channel("a")], 6)
-    ]);
+    assert_eq!(
+        asked.each_ref().map(|(_, channels, last)| (channels.clone(), *last)),
+        [(vec![channel("b")], 0), (vec![channel("a")], 6)]
+    );
     worker.dispatch(&notifications(&[(8, "a")]));
     worker.recovered(asked[0].0, &notifications(&[(3, "b")]), false);
     worker.recovered(asked[1].0, &notifications(&[(7, "a"), (8, "a")]), false);
@@ -647,7 +655,8 @@ fn databases_come_and_go() {
 
 #[test]
 fn a_foreign_origin_is_refused() {
-    let gateway = Gateway::with(Settings { allowed_origins: vec!["https://shop.example.com".to_owned()], ..settings() });
+    let gateway =
+        Gateway::with(Settings { allowed_origins: vec!["https://shop.example.com".to_owned()], ..settings() });
     let ask = |origin: &str| {
         let host = format!("127.0.0.1:{}", gateway.port);
         let answer = gateway.http(&upgrade_request(&host, &[("Origin", origin)], "Connection: close, upgrade"));

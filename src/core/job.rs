@@ -111,11 +111,7 @@ fn fit(candidate: &Candidate, positional: usize, names: &[String]) -> Option<usi
 }
 
 /// Chooses among the functions of one schema the one that fits and leaves the fewest parameters to their defaults.
-pub fn choose<'a>(
-    candidates: &'a [Candidate],
-    positional: usize,
-    names: &[String],
-) -> Result<&'a Candidate, Mismatch> {
+pub fn choose<'a>(candidates: &'a [Candidate], positional: usize, names: &[String]) -> Result<&'a Candidate, Mismatch> {
     let fits: Vec<(usize, &Candidate)> =
         candidates.iter().filter_map(|candidate| Some((fit(candidate, positional, names)?, candidate))).collect();
     let least = fits.iter().map(|(defaults, _)| *defaults).min().ok_or(Mismatch::None)?;
@@ -180,12 +176,7 @@ mod tests {
             type_name: (*type_name).into(),
             has_default: *has_default,
         });
-        Candidate {
-            signature: signature.into(),
-            name: "public.f".into(),
-            parameters: parameters.collect(),
-            returns,
-        }
+        Candidate { signature: signature.into(), name: "public.f".into(), parameters: parameters.collect(), returns }
     }
 
     #[test]

@@ -98,6 +98,8 @@ impl Decoder {
         self.bytes.extend_from_slice(bytes);
     }
 
+    // Not an iterator: the caller says which message it expects.
+    #[allow(clippy::should_implement_trait)]
     /// The next whole message, None while it is not there yet.
     pub fn next<T: serde::de::DeserializeOwned>(&mut self) -> Result<Option<T>, Malformed> {
         let rest = self.bytes.get(self.read..).unwrap_or_default();

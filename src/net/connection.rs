@@ -41,6 +41,8 @@ pub struct Connection {
     pub armed: Moment,
     /// Whether it is in the reactor's list of those to be written to.
     pub dirty: bool,
+    /// Whether it is in the reactor's list of those to be read from in the next turn.
+    pub again: bool,
     refused: bool,
     stage: Stage,
     /// When the stage has taken too long; an open websocket has its own.
@@ -72,6 +74,8 @@ pub enum Turn {
     Wait,
     /// There is more, but others have their turn first.
     Again,
+    /// Something was read that needs nothing else.
+    Done,
     /// The websocket is open.
     Opened,
     /// The client subscribes.
@@ -94,6 +98,7 @@ impl Connection {
             socket: Socket::new(tcp),
             armed: Moment::MAX,
             dirty: false,
+            again: false,
             refused,
             stage: Stage::Http(Http::default()),
             deadline: now + HEAD_WAIT,
@@ -124,7 +129,7 @@ impl Connection {
                     let text = text.as_str().ok_or_else(|| "a binary message that is no UTF-8".to_owned());
                     match text.and_then(|text| protocol::parse(text, database, true)) {
                         Ok(Message::Subscribe { channels, last }) => Turn::Subscribe { channels, last },
-                        Ok(Message::Other) => Turn::Ignored("an event without meaning here".to_owned()),
+                        Ok(Message::Other) => Turn::Done,
                         Err(reason) => Turn::Ignored(reason),
                     }
                 }
@@ -137,7 +142,7 @@ impl Connection {
                 Heard::Gone => Turn::Gone,
             },
             Stage::Closing(Some(websocket)) => match websocket.read(&mut self.socket, env) {
-                Heard::Text(_) => Turn::Ignored("a message after the close".to_owned()),
+                Heard::Text(_) => Turn::Done,
                 Heard::Nothing => self.wait(),
                 Heard::Gone if self.socket.out.is_empty() => Turn::Gone,
                 Heard::Goodbye | Heard::Close(_) | Heard::Gone => self.end(env),
@@ -314,3 +319,6 @@ impl Connection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -193,7 +193,8 @@ mod tests {
     #[test]
     fn cutting_keeps_what_was_begun() {
         let mut queue = Outbound::default();
-        ["one", "two"].map(|text| queue.push(frame(text), Kind::Live, 100).unwrap());
+        queue.push(frame("one"), Kind::Live, 100).unwrap();
+        queue.push(frame("two"), Kind::Live, 100).unwrap();
         let mut socket = Narrow { taken: Vec::new(), room: 1 };
         queue.write_to(&mut socket).unwrap();
         queue.cut();

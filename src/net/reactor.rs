@@ -2,6 +2,10 @@
 //! the main thread to where it is decided, and the outcome back. A turn does a bounded amount for each connection, so
 //! that none can starve the others, and writes at its end, so that what was said in one turn goes out at once.
 
+mod delivery;
+mod doors;
+mod notes;
+
 use super::auth::Admission;
 use super::bridge::{LogLevel, MainLine, Note, Numbers, Peer, ToMain, ToNet, WAKER};
 use super::connection::{Connection, Turn};
@@ -27,15 +31,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-/// Notes handled in one turn.
-const NOTES: usize = 256;
-
-/// Accepted at one door in one turn.
-const ACCEPTS: usize = 128;
-
-/// Connections over the limit that are still told so (503); beyond them a connection is dropped unheard.
-const REFUSALS: usize = 128;
 
 /// How soon to try again when the main thread takes no messages, in milliseconds.
 const MAIN_RETRY: Moment = 20;
@@ -130,9 +125,7 @@ impl Reactor {
             for event in &events {
                 self.happened(event);
             }
-            for slot in std::mem::take(&mut self.again) {
-                self.read(slot);
-            }
+            self.go_on();
             self.read_notes();
             self.front_turn();
             self.time_passes();
@@ -183,10 +176,29 @@ impl Reactor {
 
     /// Puts a connection into the list of those to be written to.
     fn mark(&mut self, slot: Slot) {
-        if let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut)
+        if let Some(connection) = self.get(slot)
             && !std::mem::replace(&mut connection.dirty, true)
         {
             self.dirty.push(slot);
+        }
+    }
+
+    /// Puts a connection into the list of those that are read from in the next turn.
+    fn come_back(&mut self, slot: Slot) {
+        if let Some(connection) = self.get(slot)
+            && !std::mem::replace(&mut connection.again, true)
+        {
+            self.again.push(slot);
+        }
+    }
+
+    /// Gives those their turn that have more to read.
+    fn go_on(&mut self) {
+        for slot in std::mem::take(&mut self.again) {
+            if let Some(connection) = self.get(slot) {
+                connection.again = false;
+                self.read(slot);
+            }
         }
     }
 
@@ -200,9 +212,10 @@ impl Reactor {
             match connection.read(&self.env) {
                 Turn::Wait => break,
                 Turn::Again => {
-                    self.again.push(slot);
+                    self.come_back(slot);
                     break;
                 }
+                Turn::Done => {}
                 Turn::Opened => self.opened(slot),
                 Turn::Subscribe { channels, last } => self.subscribe(slot, channels, last),
                 Turn::Ignored(reason) => {
@@ -214,14 +227,6 @@ impl Reactor {
             }
         }
         self.mark(slot);
-    }
-
-    fn opened(&mut self, slot: Slot) {
-        let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
-        let database = websocket.admission.claims.oid;
-        self.hub.open(slot, database);
-        Counters::add(&self.env.counters.connections_total, 1);
-        Counters::add(&self.env.counters.connections_open, 1);
     }
 
     /// A connection is on its way out: nothing is delivered to it any more.
@@ -251,253 +256,6 @@ impl Reactor {
         }
         self.leave(slot);
         self.mark(slot);
-    }
-
-    fn subscribe(&mut self, slot: Slot, channels: Vec<Channel>, last: i64) {
-        let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
-        let Admission { claims, .. } = &websocket.admission;
-        let database = claims.oid;
-        if channels.len() > CHANNELS_MAX {
-            let reason = format!("more than {CHANNELS_MAX} channels");
-            return self.close(slot, &Close::new(CloseCode::TooBig, reason));
-        }
-        if let Some(channel) = channels.iter().find(|channel| !claims.allows(channel)) {
-            let reason = format!("channel not allowed: {}", channel.as_str());
-            return self.close(slot, &Close::new(CloseCode::Forbidden, reason));
-        }
-        let request = self.numbers.request.fetch_add(1, Ordering::Relaxed);
-        let Some(recovery) = self.hub.subscribe(slot, channels, last, request, self.env.now) else { return };
-        Counters::add(&self.env.counters.recoveries, 1);
-        let recover = Recover { reactor: self.index, request, channels: recovery.channels, last: recovery.last };
-        match &mut self.front {
-            Some(front) => front.links.recover(database, recover),
-            None => self.tell_front(Note::Recover { database, recover }),
-        }
-    }
-
-    fn tell_front(&self, note: Note) {
-        if let Some(front) = self.peers.first() {
-            front.tell(note);
-        }
-    }
-
-    fn read_notes(&mut self) {
-        for _ in 0..NOTES {
-            let Ok(note) = self.notes.try_recv() else { return };
-            self.note(note);
-        }
-    }
-
-    fn note(&mut self, note: Note) {
-        match note {
-            Note::Net(ToNet::Settings(settings)) => self.set_settings(settings),
-            Note::Net(ToNet::Databases(databases)) => self.set_databases(databases),
-            Note::Net(ToNet::Stop) => self.stop(),
-            Note::Accepted { tcp, address, refused } => self.accepted(tcp, address, refused),
-            Note::Batch(batch) => self.deliver(&batch),
-            Note::Recovered { request, notifications } => self.recovered(request, notifications),
-            Note::Inspect { inquiry, database } => {
-                let connections = self.inspect(database);
-                self.tell_front(Note::Inspected { inquiry, connections });
-            }
-            Note::Inspected { inquiry, connections } => {
-                if let Some(front) = &mut self.front {
-                    front.inquired(inquiry, connections);
-                }
-            }
-            Note::Recover { database, recover } => {
-                if let Some(front) = &mut self.front {
-                    front.links.recover(database, recover);
-                }
-            }
-            Note::Forget { database, request } => {
-                if let Some(front) = &mut self.front {
-                    front.links.forget(database, request);
-                }
-            }
-        }
-    }
-
-    /// New settings. A changed secret ends every connection that came in under the old one.
-    fn set_settings(&mut self, settings: Arc<Settings>) {
-        let same_secret = settings.token_secret == self.env.settings.token_secret;
-        self.env.settings = settings;
-        for slot in self.open_slots() {
-            if !same_secret {
-                self.close(slot, &Close::new(CloseCode::Unauthorized, "the token's secret was changed"));
-            }
-            self.mark(slot);
-        }
-    }
-
-    /// The databases that are served now; connections of others are closed.
-    fn set_databases(&mut self, databases: Arc<Vec<Database>>) {
-        if let Some(front) = &mut self.front {
-            front.links.keep(&databases);
-        }
-        self.env.databases = databases;
-        for slot in self.open_slots() {
-            let database = self.hub.database(slot);
-            if !self.env.databases.iter().any(|served| Some(served.oid) == database) {
-                self.close(slot, &Close::new(CloseCode::GoingAway, "the database is no longer served"));
-            }
-        }
-    }
-
-    fn open_slots(&self) -> Vec<Slot> {
-        let open = |slot: &Slot| self.hub.database(*slot).is_some();
-        (0..self.connections.len() as Slot).filter(open).collect()
-    }
-
-    fn stop(&mut self) {
-        if self.stop_at.is_some() {
-            return;
-        }
-        self.stop_at = Some(self.env.now + STOP_WAIT);
-        if let Some(front) = &mut self.front {
-            front.close();
-        }
-        for slot in 0..self.connections.len() as Slot {
-            if self.hub.database(slot).is_some() {
-                self.close(slot, &Close::new(CloseCode::GoingAway, ""));
-            } else if self.get(slot).is_some_and(|connection| !connection.is_closing()) {
-                self.remove(slot);
-            }
-        }
-    }
-
-    /// One dispatch of a database worker goes out to whom it concerns.
-    fn deliver(&mut self, batch: &Batch) {
-        for run in batch.runs() {
-            let mut receivers = std::mem::take(&mut self.receivers);
-            self.hub.dispatch(batch.database, run.notifications, self.env.now, &mut receivers);
-            if !receivers.is_empty() {
-                Counters::add(&self.env.counters.frames_sent, receivers.len());
-                Counters::add(&self.env.counters.notifications_sent, receivers.len() * run.notifications.len());
-            }
-            for slot in &receivers {
-                self.send(*slot, run.frame());
-            }
-            self.receivers = receivers;
-        }
-    }
-
-    /// Puts a live frame into a connection's queue, or closes the connection when it reads too slowly.
-    fn send(&mut self, slot: Slot, frame: &protocol::Frame) {
-        let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
-        let mut sent = connection.send(frame, Kind::Live, &self.env);
-        if sent.is_err() && connection.flush(&self.env).is_ok() {
-            // Much may be said in one turn; only what the socket does not take makes a slow consumer.
-            sent = connection.send(frame, Kind::Live, &self.env);
-        }
-        if sent.is_err() {
-            connection.socket.out.cut();
-            Counters::add(&self.env.counters.slow_consumers, 1);
-            self.close(slot, &Close::new(CloseCode::TryLater, "reading too slowly"));
-        }
-        self.mark(slot);
-    }
-
-    /// A recovery is answered: what of it is owed goes out, and its channels are live from now on.
-    fn recovered(&mut self, request: u64, notifications: Vec<Notification>) {
-        let Some((slot, owed)) = self.hub.recovered(request, notifications, self.env.now) else { return };
-        let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
-        for range in protocol::runs(&owed, false) {
-            let run = owed.get(range).unwrap_or_default();
-            let frame = protocol::notifications_frame(run);
-            // A replay never makes a slow consumer.
-            let _ = connection.send(&frame, Kind::Exempt, &self.env);
-            Counters::add(&self.env.counters.frames_sent, 1);
-        }
-        Counters::add(&self.env.counters.notifications_sent, owed.len());
-        self.mark(slot);
-    }
-
-    /// The open websockets of a database, or of all.
-    fn inspect(&self, database: Option<u32>) -> Vec<link::Connection> {
-        let mut found = Vec::new();
-        for (slot, connection) in (0..).zip(&self.connections) {
-            let Some(connection) = connection else { continue };
-            let Some(websocket) = connection.websocket() else { continue };
-            let claims = &websocket.admission.claims;
-            if database.is_some_and(|database| database != claims.oid) {
-                continue;
-            }
-            found.push(link::Connection {
-                id: connection.id,
-                address: connection.address.to_string(),
-                user_agent: websocket.admission.user_agent.to_string(),
-                subject: claims.sub.clone(),
-                database: claims.oid,
-                channels: self.hub.subscribed(slot) as i64,
-                sent: self.hub.sent(slot),
-                queued: connection.socket.out.len() as i64,
-                age_ms: self.env.now.saturating_sub(connection.accepted) as i64,
-            });
-        }
-        found
-    }
-
-    /// Reactor 0's other work: doors and links.
-    fn front_turn(&mut self) {
-        let Some(front) = &mut self.front else { return };
-        let (port, events) = front.turn(&self.peers, self.env.now, &mut self.main);
-        let knocked = front.take_knocked();
-        if let Some(port) = port {
-            self.main.tell(ToMain::Listening { port });
-        }
-        events.into_iter().for_each(|event| self.link_event(event));
-        knocked.into_iter().for_each(|place| self.accept(place));
-    }
-
-    fn link_event(&mut self, event: LinkEvent) {
-        match event {
-            LinkEvent::Up(database) => self.main.tell(ToMain::LinkUp { database }),
-            LinkEvent::Down(database) => self.main.tell(ToMain::LinkDown { database }),
-            LinkEvent::Emit(payloads) => self.main.tell(ToMain::Emit { payloads }),
-            LinkEvent::Complaint(text) => self.main.log(LogLevel::Warning, text, None),
-            LinkEvent::Batch(batch) => {
-                self.peers.iter().skip(1).for_each(|peer| peer.tell(Note::Batch(batch.clone())));
-                self.deliver(&batch);
-            }
-            LinkEvent::Recovered { reactor: 0, request, notifications } => self.recovered(request, notifications),
-            LinkEvent::Recovered { reactor, request, notifications } => {
-                if let Some(peer) = self.peers.get(reactor) {
-                    peer.tell(Note::Recovered { request, notifications });
-                }
-            }
-            LinkEvent::Inspect { link, database } => {
-                let own = self.inspect(database);
-                let Some(front) = &mut self.front else { return };
-                let inquiry = front.inquire(link, self.peers.len());
-                front.inquired(inquiry, own);
-                self.peers.iter().skip(1).for_each(|peer| peer.tell(Note::Inspect { inquiry, database }));
-            }
-        }
-    }
-
-    /// Takes in who waits at a door and hands them out to the reactors in turn.
-    fn accept(&mut self, place: usize) {
-        for _ in 0..ACCEPTS {
-            let Some(front) = &mut self.front else { return };
-            let Some((tcp, address)) = front.listeners.accept(place, self.env.now, &mut self.main) else { return };
-            let open = self.env.counters.sockets_open.fetch_add(1, Ordering::Relaxed);
-            let excess = usize::try_from(open).unwrap_or(usize::MAX).saturating_sub(self.env.settings.max_connections);
-            let refused = open as usize >= self.env.settings.max_connections;
-            if excess > REFUSALS {
-                Counters::less(&self.env.counters.sockets_open);
-                continue;
-            }
-            let address = SocketAddr::new(address.ip().to_canonical(), address.port());
-            self.next = (self.next + 1) % self.peers.len().max(1);
-            match self.peers.get(self.next) {
-                Some(peer) if self.next != self.index => peer.tell(Note::Accepted { tcp, address, refused }),
-                _ => self.accepted(tcp, address, refused),
-            }
-        }
-        if let Some(front) = &mut self.front {
-            front.knock(place);
-        }
     }
 
     fn accepted(&mut self, mut tcp: TcpStream, address: SocketAddr, refused: bool) {
@@ -548,7 +306,7 @@ impl Reactor {
                 Err(_) => self.remove(slot),
                 Ok((flow, read)) => {
                     if read {
-                        self.again.push(slot);
+                        self.come_back(slot);
                     }
                     self.after_write(slot, flow);
                 }

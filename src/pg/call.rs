@@ -115,8 +115,7 @@ pub fn resolve(target: &str, arguments: &Arguments) -> Outcome<String> {
     let mut schema_names: Vec<&str> = found.iter().map(|f| f.schema.as_str()).collect();
     schema_names.dedup();
     for schema in schema_names {
-        let here: Vec<Candidate> =
-            found.iter().filter(|f| f.schema == schema).map(|f| f.candidate.clone()).collect();
+        let here: Vec<Candidate> = found.iter().filter(|f| f.schema == schema).map(|f| f.candidate.clone()).collect();
         match job::choose(&here, arguments.args.len(), &arguments.names()) {
             Ok(chosen) => {
                 let allowed = found.iter().any(|f| f.candidate == *chosen && f.executable);

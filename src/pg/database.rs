@@ -333,7 +333,8 @@ impl Database {
             self.bus.get_or_insert_with(|| bus.clone());
             return Ok(());
         }
-        let position = if same { in_flight(bus)? } else { Position { high: bus.last_id_before(ADOPTION)?, gaps: vec![] } };
+        let position =
+            if same { in_flight(bus)? } else { Position { high: bus.last_id_before(ADOPTION)?, gaps: vec![] } };
         self.tracker = Some(Tracker::new(position, running()));
         self.bus = Some(bus.clone());
         Ok(())
@@ -346,7 +347,8 @@ impl Database {
         }
         let mut transactions: Vec<(&str, Vec<String>)> = Vec::new();
         for row in rows.iter().filter(|row| row.own) {
-            let Some(channel) = row.channel.as_deref().filter(|text| Channel::from_row(text, &bus.database).is_ok()) else {
+            let Some(channel) = row.channel.as_deref().filter(|text| Channel::from_row(text, &bus.database).is_ok())
+            else {
                 continue;
             };
             let at = transactions.iter().position(|(xmin, _)| *xmin == row.xmin).unwrap_or_else(|| {
@@ -375,7 +377,8 @@ impl Database {
     fn judge(&mut self, row: RawRow, bus: &Bus) -> Option<Notification> {
         let id = row.id;
         let reason = match (row.channel, row.message) {
-            (Some(channel), Some(message)) => match (Channel::from_row(&channel, &bus.database), json::check(&message)) {
+            (Some(channel), Some(message)) => match (Channel::from_row(&channel, &bus.database), json::check(&message))
+            {
                 (Ok(channel), Ok(())) => return Some(Notification { id, channel, message: message.into() }),
                 (Err(error), _) | (_, Err(error)) => error.to_string(),
             },
@@ -499,7 +502,8 @@ fn in_flight(bus: &Bus) -> Outcome<Position> {
 fn prune() {
     worker::report_activity(Some("deleting old notifications and jobs"));
     loop {
-        let deleted = transaction::run(|| Ok(bus::table()?.gc(bus::retention()?, true)? + jobs::prune(guc::job_retention())?));
+        let deleted =
+            transaction::run(|| Ok(bus::table()?.gc(bus::retention()?, true)? + jobs::prune(guc::job_retention())?));
         match deleted {
             Ok(0) => break,
             Ok(_) => worker::check_interrupts(),

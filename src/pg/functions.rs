@@ -237,9 +237,7 @@ fn imbus_version() -> &'static str {
 
 /// Trigger function on imbus's own bus table: rows inserted by plain INSERT or COPY wake the worker at commit.
 #[pg_trigger]
-fn imbus_bus_inserted<'a>(
-    _trigger: &'a pgrx::PgTrigger<'a>,
-) -> Outcome<Option<PgHeapTuple<'a, impl WhoAllocated>>> {
+fn imbus_bus_inserted<'a>(_trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgHeapTuple<'a, impl WhoAllocated>>> {
     super::wake::published();
     Ok(None::<PgHeapTuple<'a, AllocatedByPostgres>>)
 }

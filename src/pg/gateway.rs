@@ -322,9 +322,9 @@ impl Gateway {
     /// Tells the network threads which databases are served.
     fn publish(&mut self, list: &[Database]) {
         let running = |database: &&Database| {
-            self.shared.database(database.oid).is_some_and(|slot| {
-                matches!(slot.state(), DatabaseState::Running | DatabaseState::Exited)
-            })
+            self.shared
+                .database(database.oid)
+                .is_some_and(|slot| matches!(slot.state(), DatabaseState::Running | DatabaseState::Exited))
         };
         let served: Vec<Database> = list.iter().filter(running).cloned().collect();
         if served != self.served {

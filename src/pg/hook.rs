@@ -2,8 +2,8 @@
 //! until the command ends), and tells the workers of what no trigger sees: extensions that come and go, COMMIT PREPARED.
 
 use super::shared::{self, DatabaseState, RunnerState, Shared};
-use super::worker::{self, Waiting};
 use super::wake;
+use super::worker::{self, Waiting};
 use pgrx::prelude::*;
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::Ordering;

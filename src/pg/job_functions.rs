@@ -31,10 +31,18 @@ impl Options {
     /// Refuses what this version cannot do, rather than ignore it.
     fn check(&self) -> Outcome<()> {
         let unsupported = |what: &str, hint: &str| {
-            Err(report(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, &format!("{what} is not supported yet"), "", hint))
+            Err(report(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                &format!("{what} is not supported yet"),
+                "",
+                hint,
+            ))
         };
         if self.model.is_some() || self.res_ids.is_some() || self.su.is_some() {
-            return unsupported("a job on an Odoo model", "Leave model, res_ids and su out: the target is an SQL function.");
+            return unsupported(
+                "a job on an Odoo model",
+                "Leave model, res_ids and su out: the target is an SQL function.",
+            );
         }
         if self.timeout.is_some() {
             return unsupported("timeout", "Leave timeout out.");
@@ -96,7 +104,8 @@ fn search_path() -> String {
 fn enqueuing_role() -> Outcome<pg_sys::Oid> {
     // SAFETY: a plain global of the session.
     let role = unsafe { pg_sys::GetUserId() };
-    let text = "SELECT rolcanlogin AND pg_catalog.has_database_privilege(oid, pg_catalog.current_database(), 'CONNECT'),
+    let text =
+        "SELECT rolcanlogin AND pg_catalog.has_database_privilege(oid, pg_catalog.current_database(), 'CONNECT'),
                        rolname::text FROM pg_catalog.pg_roles WHERE oid = $1";
     let found = super::transaction::safely(|| {
         super::sql::first(text, &[role.into()], |row| Ok((row.need::<bool>(1)?, row.text(2)?)))

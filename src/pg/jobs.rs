@@ -68,11 +68,7 @@ fn table() -> Outcome<Table> {
 }
 
 /// Runs a statement on the table; `TABLE` in the text is its name.
-fn on_table<T>(
-    text: &str,
-    args: &[DatumWithOid<'_>],
-    map: impl FnMut(&sql::Row<'_>) -> Outcome<T>,
-) -> Outcome<Vec<T>> {
+fn on_table<T>(text: &str, args: &[DatumWithOid<'_>], map: impl FnMut(&sql::Row<'_>) -> Outcome<T>) -> Outcome<Vec<T>> {
     let table = table()?;
     let text = text.replace("TABLE", &table.name);
     as_owner(table.owner, || sql::rows(&text, args, map))
@@ -316,12 +312,8 @@ pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
 
 /// Records a failed attempt: the job waits for the next one, or has failed.
 pub fn fail(claimed: &Claimed, failure: &Failure) -> Outcome<()> {
-    let payload = job::error_payload(
-        &failure.code,
-        &failure.message,
-        failure.detail.as_deref(),
-        failure.hint.as_deref(),
-    );
+    let payload =
+        job::error_payload(&failure.code, &failure.message, failure.detail.as_deref(), failure.hint.as_deref());
     let text = "SELECT attempts, max_attempts FROM TABLE WHERE id = $1 AND token = $2 FOR UPDATE";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
     let attempts = on_table(text, &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
@@ -406,7 +398,7 @@ fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
     // SAFETY: catalog look-ups inside a transaction.
     unsafe {
         let user = pg_sys::GetUserId();
-        let read = pg_sys::pg_class_aclcheck(relid, user, pg_sys::ACL_SELECT.into());
+        let read = pg_sys::pg_class_aclcheck(relid, user, pg_sys::ACL_SELECT as pg_sys::AclMode);
         Ok(worker::is_monitor() || read == pg_sys::AclResult::ACLCHECK_OK || pg_sys::has_privs_of_role(user, role))
     }
 }

@@ -1,8 +1,9 @@
 //! Everything that touches PostgreSQL, on the main thread of each process.
 
+#![allow(clippy::result_large_err)] // pgrx's ErrorReport is large; errors are rare and end the statement.
+
 mod bus;
 mod call;
-
 mod database;
 mod datum;
 mod ffi;

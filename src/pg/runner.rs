@@ -98,8 +98,8 @@ impl Dispatcher {
 
     fn ask_idle_to_leave(&self, role: u32) {
         let idle = self.shared.runners().find(|(_, slot)| {
-            let other = slot.role.load(Ordering::Acquire) != role
-                || slot.database.load(Ordering::Acquire) != self.database;
+            let other =
+                slot.role.load(Ordering::Acquire) != role || slot.database.load(Ordering::Acquire) != self.database;
             other && slot.state() == RunnerState::Running && slot.job().is_none()
         });
         if let Some((_, slot)) = idle {
@@ -346,10 +346,8 @@ fn attempt(claimed: &Claimed) -> Outcome<()> {
 /// Forgets what a job left in the session: settings, temporary tables, prepared statements, session locks.
 fn reset() {
     let done = transaction::run(|| {
-        let mut statement = pg_sys::DiscardStmt {
-            type_: pg_sys::NodeTag::T_DiscardStmt,
-            target: pg_sys::DiscardMode::DISCARD_ALL,
-        };
+        let mut statement =
+            pg_sys::DiscardStmt { type_: pg_sys::NodeTag::T_DiscardStmt, target: pg_sys::DiscardMode::DISCARD_ALL };
         // SAFETY: what DISCARD ALL runs; allowed because this is no transaction block of a client's.
         unsafe {
             pg_sys::PopActiveSnapshot();

@@ -37,11 +37,7 @@ impl Row<'_> {
 }
 
 /// Runs a statement and maps its rows. Raises PostgreSQL's errors as they are.
-pub fn rows<T>(
-    text: &str,
-    args: &[DatumWithOid<'_>],
-    mut map: impl FnMut(&Row<'_>) -> Outcome<T>,
-) -> Outcome<Vec<T>> {
+pub fn rows<T>(text: &str, args: &[DatumWithOid<'_>], mut map: impl FnMut(&Row<'_>) -> Outcome<T>) -> Outcome<Vec<T>> {
     Spi::connect_mut(|client| {
         let plan = plan(client, text, args)?;
         let mut table = client.update(&*plan, None, args).map_err(internal)?;

@@ -1,8 +1,8 @@
 //! The only begin, commit and abort of the workers, and the only switch of user.
 
 use super::report::Outcome;
-use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
 use pgrx::pg_sys::panic::ErrorReportable;
+use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
 use pgrx::prelude::*;
 use std::panic::AssertUnwindSafe;
 

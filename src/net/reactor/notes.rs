@@ -1,0 +1,130 @@
+//! What a reactor is told by the main thread and by the others: settings, databases, the stop, and who is connected.
+
+use super::{Reactor, STOP_WAIT};
+use crate::core::hub::Slot;
+use crate::core::link;
+use crate::core::protocol::{Close, CloseCode};
+use crate::core::settings::{Database, Settings};
+use crate::net::bridge::{Note, ToNet};
+use std::sync::Arc;
+
+/// Notes handled in one turn.
+const NOTES: usize = 256;
+
+impl Reactor {
+    pub(super) fn tell_front(&self, note: Note) {
+        if let Some(front) = self.peers.first() {
+            front.tell(note);
+        }
+    }
+
+    pub(super) fn read_notes(&mut self) {
+        for _ in 0..NOTES {
+            let Ok(note) = self.notes.try_recv() else { return };
+            self.note(note);
+        }
+    }
+
+    pub(super) fn note(&mut self, note: Note) {
+        match note {
+            Note::Net(ToNet::Settings(settings)) => self.set_settings(settings),
+            Note::Net(ToNet::Databases(databases)) => self.set_databases(databases),
+            Note::Net(ToNet::Stop) => self.stop(),
+            Note::Accepted { tcp, address, refused } => self.accepted(tcp, address, refused),
+            Note::Batch(batch) => self.deliver(&batch),
+            Note::Recovered { request, notifications } => self.recovered(request, notifications),
+            Note::Inspect { inquiry, database } => {
+                let connections = self.inspect(database);
+                self.tell_front(Note::Inspected { inquiry, connections });
+            }
+            Note::Inspected { inquiry, connections } => {
+                if let Some(front) = &mut self.front {
+                    front.inquired(inquiry, connections);
+                }
+            }
+            Note::Recover { database, recover } => {
+                if let Some(front) = &mut self.front {
+                    front.links.recover(database, recover);
+                }
+            }
+            Note::Forget { database, request } => {
+                if let Some(front) = &mut self.front {
+                    front.links.forget(database, request);
+                }
+            }
+        }
+    }
+
+    /// New settings. A changed secret ends every connection that came in under the old one.
+    pub(super) fn set_settings(&mut self, settings: Arc<Settings>) {
+        let same_secret = settings.token_secret == self.env.settings.token_secret;
+        self.env.settings = settings;
+        for slot in self.open_slots() {
+            if !same_secret {
+                self.close(slot, &Close::new(CloseCode::Unauthorized, "the token's secret was changed"));
+            }
+            self.mark(slot);
+        }
+    }
+
+    /// The databases that are served now; connections of others are closed.
+    pub(super) fn set_databases(&mut self, databases: Arc<Vec<Database>>) {
+        if let Some(front) = &mut self.front {
+            front.links.keep(&databases);
+        }
+        self.env.databases = databases;
+        for slot in self.open_slots() {
+            let database = self.hub.database(slot);
+            if !self.env.databases.iter().any(|served| Some(served.oid) == database) {
+                self.close(slot, &Close::new(CloseCode::GoingAway, "the database is no longer served"));
+            }
+        }
+    }
+
+    pub(super) fn open_slots(&self) -> Vec<Slot> {
+        let open = |slot: &Slot| self.hub.database(*slot).is_some();
+        (0..self.connections.len() as Slot).filter(open).collect()
+    }
+
+    pub(super) fn stop(&mut self) {
+        if self.stop_at.is_some() {
+            return;
+        }
+        self.stop_at = Some(self.env.now + STOP_WAIT);
+        if let Some(front) = &mut self.front {
+            front.close();
+        }
+        for slot in 0..self.connections.len() as Slot {
+            if self.hub.database(slot).is_some() {
+                self.close(slot, &Close::new(CloseCode::GoingAway, ""));
+            } else if self.get(slot).is_some_and(|connection| !connection.is_closing()) {
+                self.remove(slot);
+            }
+        }
+    }
+
+    /// The open websockets of a database, or of all.
+    pub(super) fn inspect(&self, database: Option<u32>) -> Vec<link::Connection> {
+        let mut found = Vec::new();
+        for (slot, connection) in (0..).zip(&self.connections) {
+            let Some(connection) = connection else { continue };
+            let Some(websocket) = connection.websocket() else { continue };
+            let claims = &websocket.admission.claims;
+            if database.is_some_and(|database| database != claims.oid) {
+                continue;
+            }
+            found.push(link::Connection {
+                id: connection.id,
+                address: connection.address.to_string(),
+                user_agent: websocket.admission.user_agent.to_string(),
+                subject: claims.sub.clone(),
+                database: claims.oid,
+                channels: self.hub.subscribed(slot) as i64,
+                sent: self.hub.sent(slot),
+                queued: connection.socket.out.len() as i64,
+                age_ms: self.env.now.saturating_sub(connection.accepted) as i64,
+            });
+        }
+        found
+    }
+}

@@ -1,0 +1,336 @@
+//! Throw-away PostgreSQL clusters with imbus preloaded, and a websocket client, for the integration tests. Servers are
+//! private (own data directory, own port, loopback only) and stopped when their `Cluster` is dropped.
+#![allow(dead_code)] // each test file uses its own part
+
+use postgres::{Client, NoTls};
+use serde_json::{Value, json};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use tungstenite::client::IntoClientRequest;
+use tungstenite::{Message, WebSocket};
+
+/// Longest wait for anything; reached only when something is broken.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// A running private cluster.
+pub struct Cluster {
+    pub dir: PathBuf,
+    pub port: u16,
+}
+
+/// Waits until `condition` holds; panics with `what` after [`PATIENCE`].
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < until, "not in {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn pg_config(what: &str) -> String {
+    let program = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
+    let output = Command::new(program).arg(what).output().expect("pg_config");
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+fn is_root() -> bool {
+    let output = Command::new("id").arg("-u").output().expect("id");
+    output.stdout.starts_with(b"0")
+}
+
+/// A port nobody listens on right now.
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+impl Cluster {
+    /// A cluster with imbus preloaded and its port chosen freely.
+    pub fn start() -> Cluster {
+        Cluster::start_with(&[])
+    }
+
+    /// The same with further lines for postgresql.conf, which win over the usual ones.
+    pub fn start_with(lines: &[&str]) -> Cluster {
+        let control = Path::new(&pg_config("--sharedir")).join("extension/imbus.control");
+        assert!(control.exists(), "{} is missing: make && make install first", control.display());
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let dir = std::env::temp_dir().join(format!("imbus-it-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        if is_root() {
+            assert!(Command::new("chown").arg("postgres").arg(&dir).status().unwrap().success());
+        }
+        let cluster = Cluster { dir, port: free_port() };
+        cluster.run("initdb", &["-D", &cluster.data(), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]);
+        let mut conf = format!(
+            "port = {}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{}'\nfsync = off\n\
+             shared_preload_libraries = 'imbus'\nmax_worker_processes = 20\nimbus.port = 0\n",
+            cluster.port,
+            cluster.dir.display()
+        );
+        for line in lines {
+            conf.push_str(line);
+            conf.push('\n');
+        }
+        let path = cluster.dir.join("data/postgresql.conf");
+        let usual = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, usual + &conf).unwrap();
+        cluster.pg_ctl(&["-w", "start"]);
+        cluster
+    }
+
+    fn data(&self) -> String {
+        self.dir.join("data").display().to_string()
+    }
+
+    /// Where the server logs.
+    pub fn log_path(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    /// What the server has logged so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Runs one of PostgreSQL's programs as the user that may; panics when it fails.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> String {
+        let program = Path::new(&pg_config("--bindir")).join(program).display().to_string();
+        let mut words = vec![program.as_str()];
+        if is_root() {
+            words = vec!["setpriv", "--reuid", "postgres", "--regid", "postgres", "--init-groups", &program];
+        }
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).args(arguments).current_dir(&self.dir).stdin(Stdio::null());
+        // pg_ctl's child keeps inherited pipes open: its output goes to a file.
+        let out = self.dir.join("command.out");
+        let file = std::fs::File::create(&out).unwrap();
+        let status = command.stdout(file.try_clone().unwrap()).stderr(file).status().unwrap();
+        let text = std::fs::read_to_string(&out).unwrap_or_default();
+        assert!(status.success(), "{program} {arguments:?}: {text}\n{}", self.log());
+        text
+    }
+
+    /// `pg_ctl` on this cluster, e.g. `["-m", "immediate", "-w", "restart"]`.
+    pub fn pg_ctl(&self, arguments: &[&str]) {
+        let (data, log) = (self.data(), self.log_path().display().to_string());
+        let mut all = vec!["-D", &data, "-l", &log, "-t", "60"];
+        all.extend(arguments);
+        self.run("pg_ctl", &all);
+    }
+
+    /// A connection to a database as a role.
+    pub fn connect_as(&self, database: &str, role: &str) -> Client {
+        self.try_connect(database, role).unwrap_or_else(|error| panic!("{error}\n{}", self.log()))
+    }
+
+    /// The same, with the error.
+    pub fn try_connect(&self, database: &str, role: &str) -> Result<Client, postgres::Error> {
+        Client::connect(&format!("host=127.0.0.1 port={} user={role} dbname={database}", self.port), NoTls)
+    }
+
+    /// A connection as superuser.
+    pub fn connect(&self, database: &str) -> Client {
+        self.connect_as(database, "postgres")
+    }
+
+    /// Creates a database with the extension and waits until it is served.
+    pub fn database(&self, name: &str) -> Client {
+        self.connect("postgres").batch_execute(&format!("CREATE DATABASE {name}")).unwrap();
+        let mut client = self.connect(name);
+        client.batch_execute("CREATE EXTENSION imbus").unwrap();
+        self.wait_served(name);
+        client
+    }
+
+    /// Waits until the gateway listens and the worker of the database runs. `postgres` needs no extension for this.
+    pub fn wait_served(&self, database: &str) {
+        let mut client = self.connect(database);
+        eventually(&format!("database {database} is served"), || {
+            client
+                .query_opt(
+                    "SELECT 1 FROM imbus_stat_gateway g, imbus_stat_bus b
+                      WHERE g.port IS NOT NULL AND b.pid IS NOT NULL AND b.datname = current_database()",
+                    &[],
+                )
+                .is_ok_and(|row| row.is_some())
+        });
+    }
+
+    /// The gateway's real port, asked for in a database that has the extension.
+    pub fn ws_port(&self, client: &mut Client) -> u16 {
+        let mut port = None;
+        eventually("the gateway listens", || {
+            port = client
+                .query_opt("SELECT port FROM imbus_stat_gateway WHERE port IS NOT NULL", &[])
+                .ok()
+                .flatten()
+                .map(|row| row.get::<_, i32>(0));
+            port.is_some()
+        });
+        u16::try_from(port.unwrap()).unwrap()
+    }
+
+    /// Opens a websocket with a token for these channels (JSON, e.g. `["broadcast"]`), made in the client's database.
+    pub fn socket(&self, client: &mut Client, channels: Value) -> Socket {
+        let token = token(client, &channels);
+        Socket::open(self.ws_port(client), &token)
+    }
+
+    /// Opens a websocket and subscribes to all the channels of its token; waits until the gateway has taken that.
+    pub fn subscriber(&self, client: &mut Client, channels: Value, last: i64) -> Socket {
+        let mut socket = self.socket(client, channels.clone());
+        socket.subscribe(channels, last);
+        socket.sync(client);
+        socket
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(60).collect();
+            eprintln!("--- log of the server");
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+        let pid = std::fs::read_to_string(self.dir.join("data/postmaster.pid"));
+        if let Some(pid) = pid.ok().and_then(|text| text.lines().next().map(str::to_owned)) {
+            let _ = Command::new("kill").args(["-QUIT", &pid]).status();
+            let path = PathBuf::from(format!("/proc/{pid}"));
+            let until = Instant::now() + PATIENCE;
+            while path.exists() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// A token for these channels of the client's database.
+pub fn token(client: &mut Client, channels: &Value) -> String {
+    client.query_one("SELECT bus_token($1::text::jsonb, subject => 'test')", &[&channels.to_string()]).unwrap().get(0)
+}
+
+/// A websocket client.
+pub struct Socket {
+    pub ws: WebSocket<TcpStream>,
+    waiting: Vec<Value>,
+}
+
+/// What ended a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ended {
+    Close(u16, String),
+    Dropped,
+}
+
+impl Socket {
+    /// Connects with a token in the query.
+    pub fn open(port: u16, token: &str) -> Socket {
+        Socket::open_path(port, &format!("/websocket?version=18.0-7&token={token}"), &[])
+            .unwrap_or_else(|error| panic!("handshake: {error}"))
+    }
+
+    /// Connects to a path with an Origin of the same host and further headers.
+    pub fn open_path(port: u16, path: &str, headers: &[(&'static str, &str)]) -> Result<Socket, tungstenite::Error> {
+        let mut request = format!("ws://127.0.0.1:{port}{path}").into_client_request()?;
+        request.headers_mut().insert("Origin", format!("http://127.0.0.1:{port}").parse().unwrap());
+        for (name, value) in headers {
+            request.headers_mut().insert(*name, value.parse().unwrap());
+        }
+        let stream = TcpStream::connect(("127.0.0.1", port)).map_err(tungstenite::Error::Io)?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        match tungstenite::client(request, stream) {
+            Ok((ws, _)) => Ok(Socket { ws, waiting: Vec::new() }),
+            Err(tungstenite::HandshakeError::Failure(error)) => Err(error),
+            Err(tungstenite::HandshakeError::Interrupted(_)) => panic!("handshake interrupted"),
+        }
+    }
+
+    /// Sends a message as it is.
+    pub fn send(&mut self, text: &str) {
+        self.ws.send(Message::text(text)).unwrap();
+    }
+
+    /// Subscribes; returns without an answer, as there is none.
+    pub fn subscribe(&mut self, channels: Value, last: i64) {
+        self.send(&json!({"event_name": "subscribe", "data": {"channels": channels, "last": last}}).to_string());
+    }
+
+    /// Waits until the gateway shows this connection with a subscription.
+    pub fn sync(&mut self, client: &mut Client) {
+        let address = self.ws.get_ref().local_addr().unwrap().to_string();
+        eventually("the subscription is taken", || {
+            client
+                .query_opt("SELECT 1 FROM imbus_stat_connections WHERE address = $1 AND channels > 0", &[&address])
+                .unwrap()
+                .is_some()
+        });
+    }
+
+    /// The next notification, `{"id", "message"}`; panics when none comes.
+    pub fn next(&mut self) -> Value {
+        self.try_next(PATIENCE).unwrap_or_else(|| panic!("no notification came"))
+    }
+
+    /// The next notification's payload.
+    pub fn payload(&mut self) -> Value {
+        self.next()["message"]["payload"].clone()
+    }
+
+    /// The next notification, None when none comes in time.
+    pub fn try_next(&mut self, timeout: Duration) -> Option<Value> {
+        let until = Instant::now() + timeout;
+        while self.waiting.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            self.ws.get_ref().set_read_timeout(Some(left)).unwrap();
+            match self.ws.read() {
+                Ok(Message::Text(frame)) => {
+                    let list: Vec<Value> = serde_json::from_str(&frame).expect("a frame is an array");
+                    assert!(!list.is_empty(), "Odoo's client cannot take an empty array");
+                    let ids: Vec<i64> = list.iter().map(|n| n["id"].as_i64().unwrap()).collect();
+                    assert!(ids.is_sorted(), "ids ascend in a frame: {ids:?}");
+                    self.waiting.extend(list);
+                }
+                Ok(Message::Close(close)) => panic!("closed instead of a notification: {close:?}"),
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(error))
+                    if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        Some(self.waiting.remove(0))
+    }
+
+    /// Nothing comes until a marker published now has come: what was to be kept away would have come first.
+    pub fn only(&mut self, client: &mut Client, channel: &str) {
+        client.execute("SELECT bus_sendone($1::text, 'marker', '\"marker\"')", &[&channel]).unwrap();
+        assert_eq!(self.payload(), json!("marker"));
+    }
+
+    /// Reads until the connection ends, passing over notifications.
+    pub fn ended(&mut self) -> Ended {
+        self.ws.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+        loop {
+            match self.ws.read() {
+                Ok(Message::Close(Some(frame))) => return Ended::Close(frame.code.into(), frame.reason.to_string()),
+                Ok(Message::Close(None)) => return Ended::Close(1005, String::new()),
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(error))
+                    if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) =>
+                {
+                    panic!("the connection did not end")
+                }
+                Err(_) => return Ended::Dropped,
+            }
+        }
+    }
+}
