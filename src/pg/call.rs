@@ -125,7 +125,7 @@ pub fn resolve(target: &str, arguments: &Arguments) -> Outcome<String> {
             Err(Mismatch::Ambiguous(several)) => return Err(ambiguous(target, &several)),
         }
     }
-    Err(unknown(target, arguments, !found.is_empty()))
+    Err(unknown(target, arguments))
 }
 
 /// The schemas to look in (the search_path's when the name has none; never pg_temp, as PostgreSQL itself) and the name.
@@ -173,17 +173,13 @@ fn ambiguous(target: &str, several: &[String]) -> pgrx::pg_sys::panic::ErrorRepo
     )
 }
 
-fn unknown(target: &str, arguments: &Arguments, others: bool) -> pgrx::pg_sys::panic::ErrorReport {
-    let hint = if others {
-        "A function of that name exists, but does not take these arguments, or is a procedure, variadic or polymorphic."
-    } else {
-        "Write schema.name, or set search_path."
-    };
+fn unknown(target: &str, arguments: &Arguments) -> pgrx::pg_sys::panic::ErrorReport {
     report(
         PgSqlErrorCode::ERRCODE_UNDEFINED_FUNCTION,
         &format!("function \"{}\" does not exist for these arguments", shown(target)),
         &format!("{} positional arguments, named: [{}]", arguments.args.len(), arguments.names().join(", ")),
-        hint,
+        "Name a function in the search_path, or schema.name; procedures, variadic and polymorphic functions cannot be \
+         jobs.",
     )
 }
 
@@ -196,7 +192,7 @@ pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome
     })?;
     let found = find(BY_OID, &[oid.flatten().unwrap_or(pg_sys::InvalidOid).into()])?;
     let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
-        return Err(unknown(signature, arguments, false));
+        return Err(unknown(signature, arguments));
     };
     let statement = job::call_statement(&candidate, arguments.args.len(), &arguments.names());
     let set = "SELECT pg_catalog.set_config('search_path', $1, true)";

@@ -10,8 +10,6 @@ SELECT bus_sendone('["other_db", "broadcast"]'::jsonb, 't', '1') > 0 AS no_other
 SELECT replace(channel, current_database(), 'db') AS channel FROM imbus_bus ORDER BY id;
 ROLLBACK;
 
-\set VERBOSITY verbose
-\set SHOW_CONTEXT never
 CREATE FUNCTION pg_temp.refused(command text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE state text; message text; detail text; hint text;
 BEGIN
