@@ -45,8 +45,11 @@ pub fn define(preloaded: bool) {
         GucContext::Sighup,
         GucFlags::default(),
     );
-    // SAFETY: main thread, and the prefix is a C string; PostgreSQL copies it.
-    unsafe { pg_sys::MarkGUCPrefixReserved(c"imbus".as_ptr()) };
+    if preloaded {
+        // Otherwise the settings fixed at server start, not defined then, would be thrown out with a WARNING.
+        // SAFETY: main thread, and the prefix is a C string; PostgreSQL copies it.
+        unsafe { pg_sys::MarkGUCPrefixReserved(c"imbus".as_ptr()) };
+    }
 }
 
 fn define_integers(preloaded: bool) {

@@ -8,6 +8,7 @@ EXCEPTION WHEN OTHERS THEN
     GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, hint = PG_EXCEPTION_HINT;
     RETURN format('%s: %s | %s', state, message, hint);
 END $$;
+SELECT imbus_version() IS NOT NULL AS loaded;
 SHOW imbus.notify_payload_max_length;
 SELECT pg_temp.refused($$SELECT imbus_notify('', 'x')$$);
 SELECT pg_temp.refused(format('SELECT imbus_notify(%L, %L)', repeat('c', 64), 'x'));
