@@ -4,6 +4,7 @@
 //!  [--channel '["res.partner",42]'] [--last ID] [--count N] [--timeout SECONDS]`
 
 use lexopt::prelude::*;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::error::Error;
 use std::net::TcpStream;
@@ -75,7 +76,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         socket.get_ref().set_read_timeout(left)?;
         match socket.read() {
             Ok(Message::Text(frame)) => {
-                for notification in serde_json::from_str::<Vec<Value>>(&frame)? {
+                for notification in serde_json::from_str::<Vec<&RawValue>>(&frame)? {
                     println!("{notification}");
                     seen += 1;
                 }

@@ -2,7 +2,6 @@
 //! Each test is a promise. Where one says that something is not sent, something that is sent follows and comes first.
 
 use imbus::core::channel::Channel;
-use imbus::core::hub::Moment;
 use imbus::core::link::{Command, Connection, Decoder, Event, VERSION, encode};
 use imbus::core::notification::Notification;
 use imbus::core::position::Position;
@@ -1022,11 +1021,11 @@ fn feed(mut worker: Worker, last: i64) {
 /// Hears everything from 1 to `last`, over several connections.
 fn hear(gateway: &Gateway, number: i64, last: i64) {
     let mut heard: i64 = 0;
-    let patience: Moment = 300 + 50 * number as Moment;
+    let patience = 300 + 50 * number;
     while heard < last {
         let mut client = gateway.client();
         client.subscribe(r#"["a"]"#, heard);
-        let stay = heard + patience as i64;
+        let stay = heard + patience;
         while heard < last.min(stay) {
             for id in client.ids() {
                 assert_eq!(id, heard + 1, "client {number}");

@@ -5,6 +5,7 @@
 use super::channel::Channel;
 use super::notification::Notification;
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// The reactor's number for a connection; free for another one after [`Hub::close`].
 pub type Slot = u32;
@@ -36,7 +37,7 @@ pub struct Recovery {
 pub struct Hub {
     channels: Vec<Entry>,
     free: Vec<u32>,
-    index: HashMap<u32, HashMap<Channel, u32>>,
+    index: HashMap<u32, HashMap<Arc<Channel>, u32>>,
     sessions: Vec<Option<Session>>,
     requests: HashMap<u64, Slot>,
 }
@@ -44,7 +45,7 @@ pub struct Hub {
 /// One channel of one database and its connections.
 struct Entry {
     database: u32,
-    channel: Channel,
+    channel: Arc<Channel>,
     /// Sent everything as it comes.
     live: Vec<Slot>,
     /// Waiting for a recovery, or gone from the channel and remembered.
@@ -296,6 +297,7 @@ impl Hub {
         if let Some(at) = index.get(&channel) {
             return *at;
         }
+        let channel = Arc::new(channel);
         let entry = Entry { database, channel: channel.clone(), live: Vec::new(), silent: Vec::new() };
         let at = match self.free.pop() {
             Some(at) => at,
@@ -320,13 +322,13 @@ impl Hub {
                     return None;
                 }
                 subscription.state = state;
-                Some(self.channels.get(at as usize)?.channel.clone())
+                Some(self.channels.get(at as usize)?.channel.as_ref().clone())
             }
             Err(place) => {
                 subscriptions.insert(place, Subscription { entry: at, state, before: None });
                 let entry = self.channels.get_mut(at as usize)?;
                 entry.silent.push(slot);
-                Some(entry.channel.clone())
+                Some(entry.channel.as_ref().clone())
             }
         }
     }
@@ -366,8 +368,6 @@ impl Hub {
         let Some(entry) = self.channels.get_mut(at as usize) else { return };
         remove(if state == State::Live { &mut entry.live } else { &mut entry.silent }, slot);
         if entry.live.is_empty() && entry.silent.is_empty() {
-            entry.live = Vec::new();
-            entry.silent = Vec::new();
             if let Some(index) = self.index.get_mut(&entry.database) {
                 index.remove(&entry.channel);
                 if index.is_empty() {
@@ -382,6 +382,10 @@ impl Hub {
 fn remove(slots: &mut Vec<Slot>, slot: Slot) {
     if let Some(at) = slots.iter().position(|found| *found == slot) {
         slots.swap_remove(at);
+    }
+    if slots.is_empty() {
+        // Most channels have one connection only; what it does not need adds up.
+        *slots = Vec::new();
     }
 }
 

@@ -139,13 +139,17 @@ impl Connection {
                     self.close(&close, env);
                     Turn::Closing
                 }
+                Heard::Slow => {
+                    self.close_slow(env);
+                    Turn::Closing
+                }
                 Heard::Gone => Turn::Gone,
             },
             Stage::Closing(Some(websocket)) => match websocket.read(&mut self.socket, env) {
                 Heard::Text(_) => Turn::Done,
                 Heard::Nothing => self.wait(),
                 Heard::Gone if self.socket.out.is_empty() => Turn::Gone,
-                Heard::Goodbye | Heard::Close(_) | Heard::Gone => self.end(env),
+                Heard::Goodbye | Heard::Close(_) | Heard::Slow | Heard::Gone => self.end(env),
             },
             Stage::Closing(None) => match self.socket.drain() {
                 Ok(_) => self.wait(),
@@ -237,15 +241,26 @@ impl Connection {
 
     /// Closes an open websocket: a close frame, and for some codes the client's answer, then the end.
     pub fn close(&mut self, close: &Close, env: &Env) {
+        use CloseCode::{GoingAway, KeepAlive, Normal, Restart};
+        if self.websocket().is_some() && !matches!(close.code, Normal | GoingAway | Restart | KeepAlive) {
+            Counters::add(&env.counters.closed_by_policy, 1);
+        }
+        self.part(close, env);
+    }
+
+    /// Closes a websocket that reads too slowly; what waits for it is dropped, it will ask for it when it comes back.
+    pub fn close_slow(&mut self, env: &Env) {
+        Counters::add(&env.counters.slow_consumers, 1);
+        self.socket.out.cut();
+        self.part(&Close::new(CloseCode::TryLater, "reading too slowly"), env);
+    }
+
+    fn part(&mut self, close: &Close, env: &Env) {
         let stage = std::mem::replace(&mut self.stage, Stage::Closing(None));
         let Stage::Open(websocket) = stage else {
             self.stage = stage;
             return;
         };
-        use CloseCode::{GoingAway, KeepAlive, Normal, Restart};
-        if !matches!(close.code, Normal | GoingAway | Restart | KeepAlive) {
-            Counters::add(&env.counters.closed_by_policy, 1);
-        }
         self.socket.mute();
         self.socket.say(close.frame());
         self.stage = Stage::Closing(close.code.awaits_answer().then_some(websocket));

@@ -14,6 +14,9 @@ const RETRY: Moment = 2_000;
 /// How long accepting pauses when no descriptor is left, in milliseconds.
 const PAUSE: Moment = 1_000;
 
+/// How long accepting must have worked before its next failure is logged, in milliseconds.
+const QUIET: Moment = 60_000;
+
 /// The doors.
 pub struct Listeners {
     registry: Registry,
@@ -25,8 +28,8 @@ pub struct Listeners {
     doors: Vec<(IpAddr, TcpListener)>,
     retry_at: Option<Moment>,
     paused_until: Option<Moment>,
-    /// Whether want of descriptors was logged.
-    starved: bool,
+    /// When accepting failed last.
+    starved_at: Option<Moment>,
 }
 
 /// One of `imbus.listen_addresses`.
@@ -40,7 +43,7 @@ impl Listeners {
     pub fn new(registry: Registry, base: usize, names: &[String], port: u16) -> Listeners {
         let names = names.iter().map(|name| Name { name: name.clone(), bound: false, complained: false }).collect();
         let doors = Vec::new();
-        Listeners { registry, base, port, names, doors, retry_at: Some(0), paused_until: None, starved: false }
+        Listeners { registry, base, port, names, doors, retry_at: Some(0), paused_until: None, starved_at: None }
     }
 
     /// Closes all doors, for good.
@@ -84,15 +87,13 @@ impl Listeners {
         let (_, door) = self.doors.get(place)?;
         loop {
             match door.accept() {
-                Ok(accepted) => {
-                    self.starved = false;
-                    return Some(accepted);
-                }
+                Ok(accepted) => return Some(accepted),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
                     self.paused_until = Some(now + PAUSE);
-                    if !std::mem::replace(&mut self.starved, true) {
+                    let before = self.starved_at.replace(now);
+                    if before.is_none_or(|before| now.saturating_sub(before) > QUIET) {
                         let text = format!("could not accept a connection: {error}");
                         let hint = "Raise the limit of open files, or lower imbus.max_connections.";
                         main.log(LogLevel::Warning, text, Some(hint));

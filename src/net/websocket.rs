@@ -2,7 +2,6 @@
 //! peer has been silent for too long. Decides how an open websocket ends; what a message means is the protocol's.
 
 use super::auth::Admission;
-use super::counters::Counters;
 use super::socket::Socket;
 use super::{Env, millis};
 use crate::core::hub::Moment;
@@ -45,6 +44,8 @@ pub enum Heard {
     Goodbye,
     /// The connection is to be closed.
     Close(Close),
+    /// The peer does not read what its pings are answered with.
+    Slow,
     /// The peer is gone.
     Gone,
 }
@@ -99,8 +100,7 @@ impl Websocket {
                 return Heard::Close(Close::new(CloseCode::TryLater, ""));
             }
             if socket.has_overflowed() {
-                Counters::add(&env.counters.slow_consumers, 1);
-                return Heard::Close(Close::new(CloseCode::TryLater, "reading too slowly"));
+                return Heard::Slow;
             }
             match message {
                 Ok(Message::Text(text)) => return Heard::Text(Text::Utf8(text)),

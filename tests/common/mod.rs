@@ -4,9 +4,11 @@
 
 use postgres::{Client, NoTls};
 use serde_json::{Value, json};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tungstenite::client::IntoClientRequest;
@@ -29,6 +31,16 @@ pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(Instant::now() < until, "not in {PATIENCE:?}: {what}");
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Makes ten round trips and gives them [`PATIENCE`] in all: enough only when the worker is told of each, as its own
+/// look-out comes every 5 s.
+pub fn promptly(mut round_trip: impl FnMut(i32)) {
+    let until = Instant::now() + PATIENCE;
+    for number in 0..10 {
+        round_trip(number);
+        assert!(Instant::now() < until, "round trip {number} was not announced to the worker");
     }
 }
 
@@ -140,8 +152,14 @@ impl Cluster {
 
     /// Creates a database with the extension and waits until it is served.
     pub fn database(&self, name: &str) -> Client {
+        self.database_with(name, "")
+    }
+
+    /// The same with tables made before the extension comes.
+    pub fn database_with(&self, name: &str, before: &str) -> Client {
         self.connect("postgres").batch_execute(&format!("CREATE DATABASE {name}")).unwrap();
         let mut client = self.connect(name);
+        client.batch_execute(before).unwrap();
         client.batch_execute("CREATE EXTENSION imbus").unwrap();
         self.wait_served(name);
         client
@@ -190,14 +208,51 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
+/// The cluster that the tests of one file share, with room for many databases; it is stopped when the process ends. For
+/// tests that change nothing the others see.
+pub fn shared() -> Shared {
+    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
+    extern "C" fn at_exit() {
+        if let Some(cluster) = CLUSTER.get() {
+            cluster.stop();
+        }
+    }
+    Shared(CLUSTER.get_or_init(|| {
+        let cluster = Cluster::start_with(&["max_worker_processes = 64"]);
+        // SAFETY: the callback cannot unwind: it looks at files and signals, and ignores what fails.
+        assert_eq!(unsafe { libc::atexit(at_exit) }, 0);
+        cluster
+    }))
+}
+
+/// One test's hold on the shared cluster; shows the log when the test fails.
+pub struct Shared(&'static Cluster);
+
+impl std::ops::Deref for Shared {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        self.0
+    }
+}
+
+impl Drop for Shared {
     fn drop(&mut self) {
+        self.0.show_log_of_failure();
+    }
+}
+
+impl Cluster {
+    fn show_log_of_failure(&self) {
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<&str> = log.lines().rev().take(60).collect();
             eprintln!("--- log of the server");
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         }
+    }
+
+    fn stop(&self) {
         let pid = std::fs::read_to_string(self.dir.join("data/postmaster.pid"));
         if let Some(pid) = pid.ok().and_then(|text| text.lines().next().map(str::to_owned)) {
             let _ = Command::new("kill").args(["-QUIT", &pid]).status();
@@ -211,9 +266,36 @@ impl Drop for Cluster {
     }
 }
 
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.show_log_of_failure();
+        self.stop();
+    }
+}
+
 /// A token for these channels of the client's database.
 pub fn token(client: &mut Client, channels: &Value) -> String {
     client.query_one("SELECT bus_token($1::text::jsonb, subject => 'test')", &[&channels.to_string()]).unwrap().get(0)
+}
+
+/// Sends bytes to the gateway and returns all it answers until it ends the connection; panics when it does not.
+pub fn exchange(port: u16, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    // The gateway may have answered and gone before it has read all: that shows in what is read.
+    let _ = stream.write_all(bytes);
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            panic!("the connection did not end: {:?}", String::from_utf8_lossy(&answer))
+        }
+        _ => String::from_utf8_lossy(&answer).into_owned(),
+    }
+}
+
+/// The HTTP status of an answer, 0 when it is none.
+pub fn status(answer: &str) -> u16 {
+    answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)).and_then(|code| code.parse().ok()).unwrap_or(0)
 }
 
 /// A websocket client.
@@ -264,13 +346,14 @@ impl Socket {
 
     /// Waits until the gateway shows this connection with a subscription.
     pub fn sync(&mut self, client: &mut Client) {
+        self.sync_to(client, "> 0");
+    }
+
+    /// Waits until the gateway shows this connection with such a number of channels, e.g. `= 2`.
+    pub fn sync_to(&mut self, client: &mut Client, channels: &str) {
         let address = self.ws.get_ref().local_addr().unwrap().to_string();
-        eventually("the subscription is taken", || {
-            client
-                .query_opt("SELECT 1 FROM imbus_stat_connections WHERE address = $1 AND channels > 0", &[&address])
-                .unwrap()
-                .is_some()
-        });
+        let query = format!("SELECT 1 FROM imbus_stat_connections WHERE address = $1 AND channels {channels}");
+        eventually("the subscription is taken", || client.query_opt(&query, &[&address]).unwrap().is_some());
     }
 
     /// The next notification, `{"id", "message"}`; panics when none comes.

@@ -69,9 +69,8 @@ impl Reactor {
             sent = connection.send(frame, Kind::Live, &self.env);
         }
         if sent.is_err() {
-            connection.socket.out.cut();
-            Counters::add(&self.env.counters.slow_consumers, 1);
-            self.close(slot, &Close::new(CloseCode::TryLater, "reading too slowly"));
+            connection.close_slow(&self.env);
+            self.leave(slot);
         }
         self.mark(slot);
     }
