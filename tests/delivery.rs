@@ -448,7 +448,7 @@ fn a_second_subscribe_replaces_the_first() {
 #[test]
 fn the_connection_check_of_later_clients_is_ignored() {
     let cluster = shared();
-    let mut sql = cluster.database("check");
+    let mut sql = cluster.database("ping_check");
     let mut socket = cluster.subscriber(&mut sql, json!(["broadcast"]), 0);
     socket.ws.send(tungstenite::Message::binary(vec![0])).unwrap();
     socket.only(&mut sql, "broadcast");

@@ -1,6 +1,6 @@
 //! Who hears what: the subscriptions of one reactor's connections, by database and channel, and how far each connection
-//! is sure, so that a notification reaches a socket once. Decides who is sent a notification and what must be recovered;
-//! knows no sockets, no frames and no clock. Connections are numbers that the reactor gives out.
+//! is sure, so that a notification reaches a socket once. Decides who is sent a notification and what must be
+//! recovered; knows no sockets, no frames and no clock. Connections are numbers that the reactor gives out.
 
 use super::channel::Channel;
 use super::notification::Notification;

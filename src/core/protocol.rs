@@ -33,9 +33,13 @@ pub enum CloseCode {
     Normal = 1000,
     /// The gateway stops.
     GoingAway = 1001,
+    /// The client broke the framing of RFC 6455.
     Protocol = 1002,
+    /// A text message is no UTF-8.
     BadText = 1007,
+    /// A message over 1 MiB, or more than [`CHANNELS_MAX`] channels.
     TooBig = 1009,
+    /// The gateway starts again.
     Restart = 1012,
     /// Too many frames, or too slow in reading them; come back later.
     TryLater = 1013,
@@ -57,6 +61,7 @@ impl CloseCode {
 /// A close frame's content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Close {
+    /// What the client goes by.
     pub code: CloseCode,
     reason: String,
 }

@@ -1,5 +1,5 @@
-//! Who a client is (SPEC section 7, "who may subscribe"): the proof in the request, checked against the settings and the
-//! databases that are served.
+//! Who a client is (SPEC section 7, "who may subscribe"): the proof in the request, checked against the settings and
+//! the databases that are served.
 
 use super::Env;
 use super::http::Request;

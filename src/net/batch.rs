@@ -22,6 +22,7 @@ pub struct Run<'a> {
 }
 
 impl Batch {
+    /// Notifications of one database (its OID), in delivery order.
     pub fn new(database: u32, notifications: Vec<Notification>) -> Batch {
         let runs = protocol::runs(&notifications, true).into_iter().map(|run| (run, OnceLock::new())).collect();
         Batch { database, notifications, runs }

@@ -45,47 +45,39 @@ pub enum ToNet {
     Stop,
 }
 
-/// How loud a log line is; PostgreSQL's levels of these names (Debug is DEBUG1).
+/// How loud a log line is, as PostgreSQL names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogLevel {
+    /// DEBUG1: a client's message that is ignored.
     Debug,
+    /// LOG: a step in the life of the gateway.
     Log,
+    /// WARNING: service is degraded.
     Warning,
 }
 
 /// From the network threads to the main thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ToMain {
-    Log {
-        level: LogLevel,
-        text: String,
-        hint: Option<String>,
-    },
+    /// A line for the server's log: its text in PostgreSQL's message style, its hint in sentences.
+    Log { level: LogLevel, text: String, hint: Option<String> },
     /// Payloads to NOTIFY on behalf of a database worker.
-    Emit {
-        payloads: Vec<String>,
-    },
+    Emit { payloads: Vec<String> },
     /// The first door opened; the real port when the setting is 0.
-    Listening {
-        port: u16,
-    },
+    Listening { port: u16 },
     /// The worker of this database (its OID) is connected.
-    LinkUp {
-        database: u32,
-    },
-    LinkDown {
-        database: u32,
-    },
+    LinkUp { database: u32 },
+    /// It is not connected any more.
+    LinkDown { database: u32 },
     /// A network thread is dead, by an error or a panic: the process has to start over.
-    Died {
-        thread: String,
-        reason: String,
-    },
+    Died { thread: String, reason: String },
 }
 
 /// What the network threads need to start.
 pub struct Start {
+    /// The settings; a changed copy comes by [`ToNet::Settings`].
     pub settings: Arc<Settings>,
+    /// The databases known already; clients are told 1013 as long as there are none.
     pub databases: Arc<Vec<Database>>,
     /// Where database workers connect; an old socket there is removed.
     pub link_path: PathBuf,
@@ -204,6 +196,7 @@ impl MainLine {
         }
     }
 
+    /// Whether something waits for the main thread.
     pub fn is_waiting(&self) -> bool {
         !self.backlog.is_empty()
     }
@@ -271,6 +264,7 @@ impl Net {
         &self.from_threads
     }
 
+    /// What the threads count.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }

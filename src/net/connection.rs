@@ -23,8 +23,8 @@ const IDLE_WAIT: Moment = 15_000;
 /// How long a close may take: writing what waits, and the client's answer. In milliseconds.
 const CLOSE_WAIT: Moment = 5_000;
 
-/// How long the peer may take to notice the end of the stream, in milliseconds. Closing at once with bytes of the peer's
-/// unread would reset the connection, and the close frame with it.
+/// How long the peer may take to notice the end of the stream, in milliseconds. Closing at once with bytes of the
+/// peer's unread would reset the connection, and the close frame with it.
 const DRAIN_WAIT: Moment = 1_000;
 
 /// Answers that may wait before further requests are read, in bytes.

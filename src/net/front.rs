@@ -1,5 +1,5 @@
-//! What reactor 0 has besides its connections: the TCP doors, the door for links, the links, and inquiries that wait for
-//! the other reactors. Decides when the links may be read: not while the other reactors are behind.
+//! What reactor 0 has besides its connections: the TCP doors, the door for links, the links, and inquiries that wait
+//! for the other reactors. Decides when the links may be read: not while the other reactors are behind.
 
 use super::bridge::{LogLevel, MainLine, Peer};
 use super::links::{LinkEvent, LinkId, Links};
@@ -58,6 +58,10 @@ struct Inquiry {
 }
 
 impl Front {
+    /// Doors by the settings, the links' at `path`; nothing is bound yet.
+    ///
+    /// # Errors
+    /// Descriptors cannot be had.
     pub fn new(registry: &Registry, settings: &Settings, path: PathBuf) -> io::Result<Front> {
         Ok(Front {
             registry: registry.try_clone()?,

@@ -1,6 +1,6 @@
-//! HTTP/1.1 as far as the gateway speaks it: one request at a time out of a connection's buffer, the table of endpoints,
-//! and the texts of answers. Decides what a request gets; knows no sockets. Heads are hostile: bounded, parsed by
-//! httparse, refused at the first doubt.
+//! HTTP/1.1 as far as the gateway speaks it: one request at a time out of a connection's buffer, the table of
+//! endpoints, and the texts of answers. Decides what a request gets; knows no sockets. Heads are hostile: bounded,
+//! parsed by httparse, refused at the first doubt.
 
 use super::Env;
 use super::handshake::{self, Upgrade};

@@ -39,11 +39,16 @@ pub struct Link {
 }
 
 impl Link {
+    /// A link just accepted, hung up on at `give_up` if it does not say who it is.
     pub fn new(stream: UnixStream, token: Token, serial: u64, give_up: Moment) -> Link {
         let (decoder, out) = (Decoder::default(), Outbound::default());
         Link { stream, token, serial, peer: Peer::Unknown(give_up), decoder, out, wants_write: false }
     }
 
+    /// Puts the link into the poll.
+    ///
+    /// # Errors
+    /// The poll's.
     pub fn register(&mut self, registry: &Registry) -> io::Result<()> {
         registry.register(&mut self.stream, self.token, Interest::READABLE)
     }

@@ -87,6 +87,7 @@ pub struct Links {
 }
 
 impl Links {
+    /// No links yet; tokens begin at `base`.
     pub fn new(registry: Registry, base: usize) -> Links {
         let (links, desks, again, events) = (Vec::new(), HashMap::new(), Vec::new(), Vec::new());
         Links { registry, base, serial: 0, links, desks, again, events }

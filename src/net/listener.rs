@@ -40,6 +40,7 @@ struct Name {
 }
 
 impl Listeners {
+    /// Doors for these addresses and this port, 0 for any; tokens begin at `base`. Nothing is bound yet.
     pub fn new(registry: Registry, base: usize, names: &[String], port: u16) -> Listeners {
         let names = names.iter().map(|name| Name { name: name.clone(), bound: false, complained: false }).collect();
         let doors = Vec::new();

@@ -1,5 +1,6 @@
 //! Whether a page of some origin may open a websocket here: only the host's own pages, and those the administrator
-//! allows. Odoo only looks whether there is an Origin at all (ODOO_BUS §1), which lets any page use a visitor's cookies.
+//! allows. Odoo only looks whether there is an Origin at all (ODOO_BUS §1), which lets any page use a visitor's
+//! cookies.
 
 /// Whether the header `Origin` is that of the request's own host, or one of `allowed` (origins, or `*` for any).
 /// X-Forwarded-Host is not looked at: a client can send it.

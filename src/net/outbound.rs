@@ -51,6 +51,7 @@ impl Outbound {
         self.bytes - self.written
     }
 
+    /// Whether nothing waits.
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
     }

@@ -76,6 +76,10 @@ pub struct Reactor {
 }
 
 impl Reactor {
+    /// Makes a reactor in its own thread.
+    ///
+    /// # Errors
+    /// Descriptors cannot be had.
     pub fn new(parts: Parts) -> io::Result<Reactor> {
         let registry = parts.poll.registry().try_clone()?;
         let front = match parts.index {

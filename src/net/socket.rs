@@ -31,6 +31,7 @@ pub struct Socket {
 }
 
 impl Socket {
+    /// A socket just accepted; it reads nothing before its first turn.
     pub fn new(tcp: TcpStream) -> Socket {
         Socket {
             tcp,

@@ -178,7 +178,7 @@ impl Bus {
             return Ok(Vec::new());
         }
         let (low, high): (Vec<i64>, Vec<i64>) = ranges.iter().copied().unzip();
-        let condition = "id IN (SELECT b.id FROM pg_catalog.unnest($1::bigint[], $2::bigint[]) r (low, high)
+        let condition = "id IN (SELECT b.id FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::bigint[])) r (low, high)
                                  CROSS JOIN LATERAL (SELECT i.id FROM TABLE i WHERE i.id BETWEEN r.low AND r.high) b)
                          ORDER BY id";
         self.select(&condition.replace("TABLE", &self.name), &[low.into(), high.into()])

@@ -26,8 +26,8 @@ const LOOKOUT: Duration = Duration::from_secs(5);
 const GAP_LOOKOUT: Duration = Duration::from_millis(500);
 /// Between attempts to reach the gateway.
 const RECONNECT: Duration = Duration::from_millis(250);
-/// Bytes of messages in one part of a replay.
-const ANSWER_PART: usize = 1 << 20;
+/// Bytes of messages in one part of a dispatch or a replay.
+const PART: usize = 1 << 20;
 /// Between two rounds of pruning.
 const PRUNE: Duration = Duration::from_secs(60);
 /// How far below the greatest id a starting worker looks for ids that are still in flight.
@@ -50,6 +50,8 @@ struct Database {
     next_look: Instant,
     next_prune: Instant,
     poison_logged: bool,
+    /// The warning that holds.
+    complaint: String,
     jobs: runner::Dispatcher,
 }
 
@@ -91,6 +93,7 @@ pub extern "C-unwind" fn imbus_database_main(argument: pg_sys::Datum) {
         next_look: now,
         next_prune: now + PRUNE,
         poison_logged: false,
+        complaint: String::new(),
         jobs,
     }
     .serve()
@@ -278,12 +281,16 @@ impl Database {
         worker::report_activity(Some("reading committed notifications"));
         while self.can_send() {
             match transaction::run(|| self.read()) {
-                Ok(false) => break,
-                Ok(true) => {}
+                Ok(more) => {
+                    self.complaint.clear();
+                    if !more {
+                        break;
+                    }
+                }
                 Err(failure) => {
                     // The extension may be going away under us; the next round looks.
                     self.slot.recheck.store(true, Ordering::Release);
-                    pgrx::warning!("imbus could not read the bus of database \"{}\": {failure}", self.name);
+                    self.complain(format!("imbus could not read the bus of database \"{}\": {failure}", self.name));
                     break;
                 }
             }
@@ -297,6 +304,14 @@ impl Database {
         }
     }
 
+    /// Warns once until it works again or fails in another way.
+    fn complain(&mut self, text: String) {
+        if self.complaint != text {
+            pgrx::warning!("{text}");
+            self.complaint = text;
+        }
+    }
+
     /// One read: whether there may be more.
     fn read(&mut self) -> Outcome<bool> {
         let before = running();
@@ -304,6 +319,7 @@ impl Database {
         let bus = bus::table()?;
         self.adopt(&bus)?;
         let Some(tracker) = &mut self.tracker else { return Ok(false) };
+        let start = tracker.position();
         let late = bus.within(&tracker.position().gaps)?;
         let new = bus.above(tracker.high(), PAGE)?;
         let more = i64::try_from(new.len()).is_ok_and(|count| count == PAGE);
@@ -320,10 +336,24 @@ impl Database {
             return Ok(false);
         }
         self.emit(&rows, &bus);
-        let notifications = self.accept(rows, &bus);
-        self.slot.dispatched.fetch_add(notifications.len() as u64, Ordering::Relaxed);
-        self.send(&Event::Dispatch { notifications, position });
+        self.hand_on(rows, &bus, start, position);
         Ok(more)
+    }
+
+    /// Sends the notifications among these rows in parts of bounded size. Only the last part carries the new position:
+    /// should the link break before, the rest is not taken for sent.
+    fn hand_on(&mut self, rows: Vec<RawRow>, bus: &Bus, start: Position, end: Position) {
+        let (mut part, mut bytes) = (Vec::new(), 0);
+        for notification in rows.into_iter().filter_map(|row| self.judge(row, bus)).collect::<Vec<_>>() {
+            bytes += notification.message.len();
+            part.push(notification);
+            self.slot.dispatched.fetch_add(1, Ordering::Relaxed);
+            if bytes > PART {
+                bytes = 0;
+                self.send(&Event::Dispatch { notifications: std::mem::take(&mut part), position: start.clone() });
+            }
+        }
+        self.send(&Event::Dispatch { notifications: part, position: end });
     }
 
     /// Starts the bookkeeping of a bus table: of the first one, or of Odoo's when it has taken over.
@@ -369,11 +399,7 @@ impl Database {
         }
     }
 
-    /// The rows that are notifications; the others are counted and logged once.
-    fn accept(&mut self, rows: Vec<RawRow>, bus: &Bus) -> Vec<Notification> {
-        rows.into_iter().filter_map(|row| self.judge(row, bus)).collect()
-    }
-
+    /// A row as a notification; one that is none is counted and logged once.
     fn judge(&mut self, row: RawRow, bus: &Bus) -> Option<Notification> {
         let id = row.id;
         let reason = match (row.channel, row.message) {
@@ -395,7 +421,8 @@ impl Database {
     /// What one client is owed of what was dispatched so far. Rows not dispatched yet will come to it as to everybody.
     fn recover(&mut self, request: u64, channels: Vec<Channel>, last: i64) {
         let wanted: HashSet<Channel> = channels.into_iter().collect();
-        let Some(tracker) = self.tracker.as_ref() else { return };
+        // Without a position there is nothing to answer by: break the link, the gateway asks again.
+        let Some(tracker) = self.tracker.as_ref() else { return self.hang_up() };
         let (position, late) = (tracker.position(), tracker.after(last));
         let link = &mut self.link;
         let replayed = transaction::run(|| {
@@ -438,7 +465,7 @@ impl Answer<'_> {
             };
             self.bytes += notification.message.len();
             self.notifications.push(notification);
-            if self.bytes > ANSWER_PART && !self.send(true) {
+            if self.bytes > PART && !self.send(true) {
                 return false;
             }
         }

@@ -45,6 +45,9 @@ pub fn run<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
         unsafe {
             pg_sys::SetCurrentStatementStartTimestamp();
             pg_sys::StartTransactionCommand();
+            // Whatever ALTER DATABASE … SET default_transaction_… says.
+            pg_sys::XactReadOnly = false;
+            pg_sys::XactIsoLevel = pg_sys::XACT_READ_COMMITTED as i32;
             pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         }
         let value = work().unwrap_or_report();

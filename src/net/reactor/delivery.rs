@@ -14,6 +14,7 @@ use crate::net::outbound::Kind;
 use std::sync::atomic::Ordering;
 
 impl Reactor {
+    /// A websocket is open.
     pub(super) fn opened(&mut self, slot: Slot) {
         let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
         let database = websocket.admission.claims.oid;
@@ -22,6 +23,7 @@ impl Reactor {
         Counters::add(&self.env.counters.connections_open, 1);
     }
 
+    /// A client subscribes: checked against its proof, then what is new to it is asked of its database.
     pub(super) fn subscribe(&mut self, slot: Slot, channels: Vec<Channel>, last: i64) {
         let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
         let Admission { claims, .. } = &websocket.admission;

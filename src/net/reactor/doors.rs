@@ -26,6 +26,7 @@ impl Reactor {
         knocked.into_iter().for_each(|place| self.accept(place));
     }
 
+    /// Passes on what came in on a link.
     pub(super) fn link_event(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Up(database) => self.main.tell(ToMain::LinkUp { database }),

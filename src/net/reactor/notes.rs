@@ -12,12 +12,14 @@ use std::sync::Arc;
 const NOTES: usize = 256;
 
 impl Reactor {
+    /// Tells reactor 0.
     pub(super) fn tell_front(&self, note: Note) {
         if let Some(front) = self.peers.first() {
             front.tell(note);
         }
     }
 
+    /// Takes a turn's worth of notes.
     pub(super) fn read_notes(&mut self) {
         for _ in 0..NOTES {
             let Ok(note) = self.notes.try_recv() else { return };
@@ -25,6 +27,7 @@ impl Reactor {
         }
     }
 
+    /// Does what a note says.
     pub(super) fn note(&mut self, note: Note) {
         match note {
             Note::Net(ToNet::Settings(settings)) => self.set_settings(settings),
@@ -81,11 +84,13 @@ impl Reactor {
         }
     }
 
+    /// The connections with an open websocket.
     pub(super) fn open_slots(&self) -> Vec<Slot> {
         let open = |slot: &Slot| self.hub.database(*slot).is_some();
         (0..self.connections.len() as Slot).filter(open).collect()
     }
 
+    /// Closes the doors and every connection; the loop ends when they are gone, or in 1 s.
     pub(super) fn stop(&mut self) {
         if self.stop_at.is_some() {
             return;
