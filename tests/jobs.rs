@@ -437,12 +437,12 @@ fn a_job_that_was_rolled_back_never_runs() {
     let mut sql = cluster.database("j_rollback");
     sql.batch_execute(
         "CREATE TABLE effect (n int);
-         CREATE FUNCTION note(n int) RETURNS void LANGUAGE sql AS 'INSERT INTO effect VALUES (n)';
-         BEGIN; SELECT ir_async_call('note', '[1]'); ROLLBACK;
-         BEGIN; SAVEPOINT s; SELECT ir_async_call('note', '[2]'); ROLLBACK TO s; SELECT ir_async_call('note', '[3]');
-         COMMIT",
+         CREATE FUNCTION note(n int) RETURNS void LANGUAGE sql AS 'INSERT INTO effect VALUES (n)'",
     )
     .unwrap();
+    sql.batch_execute("BEGIN; SELECT ir_async_call('note', '[1]'); ROLLBACK").unwrap();
+    sql.batch_execute("BEGIN; SAVEPOINT s; SELECT ir_async_call('note', '[2]'); ROLLBACK TO s").unwrap();
+    sql.batch_execute("SELECT ir_async_call('note', '[3]'); COMMIT").unwrap();
     let last = call(&mut sql, "'note', '[4]'");
     assert_eq!(ended(&mut sql, last)["state"], "done");
     eventually("nothing waits", || number(&mut sql, "SELECT count(*) FROM ir_async WHERE state <> 'done'") == 0);

@@ -103,6 +103,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
 
 /// Starts the threads with all signals blocked, so that only this thread gets them.
 fn start_network() -> Option<UnixStream> {
+    raise_file_limit();
     let (here, there) = UnixStream::pair().ok()?;
     here.set_nonblocking(true).ok()?;
     there.set_nonblocking(true).ok()?;
@@ -132,6 +133,18 @@ fn start_network() -> Option<UnixStream> {
         Err(error) => {
             pgrx::warning!("imbus gateway could not start its network threads: {error}");
             None
+        }
+    }
+}
+
+/// A socket a client: as many files as the system lets this process have.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: reads and writes this process's own limit.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }
     }
 }
@@ -321,10 +334,13 @@ impl Gateway {
 
     /// Tells the network threads which databases are served.
     fn publish(&mut self, list: &[Database]) {
+        // A worker that has left comes back: its clients stay, and the gateway remembers how far they are.
         let running = |database: &&Database| {
-            self.shared
-                .database(database.oid)
-                .is_some_and(|slot| matches!(slot.state(), DatabaseState::Running | DatabaseState::Exited))
+            self.shared.database(database.oid).is_some_and(|slot| match slot.state() {
+                DatabaseState::Running | DatabaseState::Exited => true,
+                DatabaseState::Starting => self.served.contains(database),
+                DatabaseState::Absent | DatabaseState::Free => false,
+            })
         };
         let served: Vec<Database> = list.iter().filter(running).cloned().collect();
         if served != self.served {
