@@ -224,11 +224,13 @@ const RUNNABLE: &str = "c.state = 'created' AND c.res_model IS NULL AND c.run_at
     AND NOT EXISTS (SELECT FROM pg_catalog.unnest(c.depends_on) d (id) JOIN TABLE p ON p.id = d.id
                      WHERE p.state NOT IN ('succeeded', 'done'))";
 
-/// The roles that have runnable jobs, with how many (of the first few hundred by priority).
+/// The roles that have runnable jobs, with how many (of the first few hundred), in the order of their first ones.
 pub fn waiting() -> Outcome<Vec<(u32, i64)>> {
     let text = format!(
-        "SELECT r.role, count(*) FROM (SELECT c.role FROM TABLE c WHERE {RUNNABLE}
-           ORDER BY c.priority, c.run_at, c.id LIMIT 256) r GROUP BY r.role"
+        "SELECT r.role, count(*) FROM (
+           SELECT c.role, row_number() OVER (ORDER BY c.priority, c.run_at, c.id) AS place
+             FROM TABLE c WHERE {RUNNABLE} ORDER BY c.priority, c.run_at, c.id LIMIT 256) r
+          GROUP BY r.role ORDER BY min(r.place)"
     );
     on_table(&text, &[], |row| Ok((u32::from(row.need::<pg_sys::Oid>(1)?), row.need(2)?)))
 }

@@ -52,14 +52,19 @@ impl Dispatcher {
     /// Cleans up after runners that have ended, then finds runners for the jobs that can run.
     pub fn dispatch(&mut self) {
         self.next = Instant::now() + LOOKOUT;
-        self.reap();
+        if self.reap() {
+            // A runner has left for the sake of another database: that one takes the place first.
+            self.next = Instant::now() + NO_PLACE;
+            return;
+        }
         self.rescue();
         let waiting = match transaction::run(jobs::waiting) {
             Ok(waiting) => waiting,
             Err(failure) => return pgrx::warning!("imbus could not look for jobs: {failure}"),
         };
-        for (role, count) in waiting {
-            self.serve_role(role, count);
+        for (place, (role, count)) in waiting.iter().enumerate() {
+            let before: Vec<u32> = waiting.iter().take(place).map(|(role, _)| *role).collect();
+            self.serve_role(*role, *count, &before);
         }
         if let Ok(Some(seconds)) = transaction::run(jobs::next_start) {
             self.next = self.next.min(Instant::now() + Duration::from_secs_f64(seconds.clamp(0.001, 3600.0)));
@@ -73,8 +78,9 @@ impl Dispatcher {
         })
     }
 
-    /// Wakes idle runners of the role, and starts more while jobs are left and places are free.
-    fn serve_role(&mut self, role: u32, count: i64) {
+    /// Wakes idle runners of the role, and starts more while jobs are left and places are free. `before` are the roles
+    /// whose jobs come first.
+    fn serve_role(&mut self, role: u32, count: i64, before: &[u32]) {
         let mut left = count;
         for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
             let idle = slot.state() == RunnerState::Running && slot.job().is_none();
@@ -85,7 +91,7 @@ impl Dispatcher {
         }
         while left > 0 {
             let Some((index, slot)) = self.shared.reserve_runner(guc::job_workers()) else {
-                self.ask_idle_to_leave(role);
+                self.ask_to_leave(role, before);
                 self.next = self.next.min(Instant::now() + NO_PLACE);
                 return;
             };
@@ -96,16 +102,27 @@ impl Dispatcher {
         }
     }
 
-    fn ask_idle_to_leave(&self, role: u32) {
-        let idle = self.shared.runners().find(|(_, slot)| {
-            let other =
-                slot.role.load(Ordering::Acquire) != role || slot.database.load(Ordering::Acquire) != self.database;
-            other && slot.state() == RunnerState::Running && slot.job().is_none()
-        });
-        if let Some((_, slot)) = idle {
-            slot.leave.store(true, Ordering::Release);
+    /// Has a runner of another role or database leave after its job, an idle one if there is one: no role keeps its
+    /// places while jobs that come before its own wait, and databases take turns.
+    fn ask_to_leave(&self, role: u32, before: &[u32]) {
+        let others = || {
+            self.shared.runners().map(|(_, slot)| slot).filter(|slot| {
+                let (theirs, here) = (slot.role.load(Ordering::Acquire), self.is_mine(slot));
+                slot.state() == RunnerState::Running && !(here && (theirs == role || before.contains(&theirs)))
+            })
+        };
+        if others().any(|slot| slot.leave.load(Ordering::Acquire) == self.database) {
+            return;
+        }
+        let chosen = others().find(|slot| slot.job().is_none()).or_else(|| others().next());
+        if let Some(slot) = chosen {
+            slot.leave.store(self.database, Ordering::Release);
             slot.process.wake();
         }
+    }
+
+    fn is_mine(&self, slot: &RunnerSlot) -> bool {
+        slot.database.load(Ordering::Acquire) == self.database
     }
 
     /// Claims a job, which counts the attempt, and launches a runner with it. False when there was nothing to do or no
@@ -145,8 +162,10 @@ impl Dispatcher {
         }
     }
 
-    /// Frees the places of runners that have ended and settles the jobs that ended with them.
-    fn reap(&mut self) {
+    /// Frees the places of runners that have ended and settles the jobs that ended with them. Whether a place was given
+    /// up for another database.
+    fn reap(&mut self) -> bool {
+        let mut given_up = false;
         for (index, slot) in self.mine().collect::<Vec<_>>() {
             // Launched by an earlier life of this worker and never come up.
             let lost = slot.state() == RunnerState::Reserved
@@ -164,8 +183,14 @@ impl Dispatcher {
             }
             slot.clear_job();
             slot.database.store(0, Ordering::Release);
+            let wanted_by = slot.leave.load(Ordering::Acquire);
             slot.set_state(RunnerState::Free);
+            if wanted_by != 0 && wanted_by != self.database {
+                self.shared.wake_jobs(wanted_by);
+                given_up = true;
+            }
         }
+        given_up
     }
 
     /// Gives back jobs that are `processing` without a runner: theirs died with the server, or they were restored from
@@ -286,7 +311,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
 }
 
 fn claim(slot: &RunnerSlot, role: u32) -> Option<Claimed> {
-    if slot.leave.load(Ordering::Acquire) {
+    if slot.leave.load(Ordering::Acquire) != 0 {
         return None;
     }
     let claimed = transaction::run(|| {
@@ -312,7 +337,7 @@ fn linger(slot: &RunnerSlot, database: u32, role: u32) -> Option<Claimed> {
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let held = shared::get().is_some_and(|shared| shared.is_held(database));
-        if left.is_zero() || held || slot.leave.load(Ordering::Acquire) {
+        if left.is_zero() || held || slot.leave.load(Ordering::Acquire) != 0 {
             return None;
         }
         worker::report_activity(None);

@@ -155,8 +155,8 @@ pub struct RunnerSlot {
     pub held: AtomicBool,
     /// When it was reserved, in microseconds since 2000.
     pub since: AtomicI64,
-    /// It is to leave when idle: another role's jobs wait for a place.
-    pub leave: AtomicBool,
+    /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
+    pub leave: AtomicU32,
     pub process: Process,
     message: [AtomicU8; MESSAGE],
 }
@@ -171,7 +171,7 @@ impl Default for RunnerSlot {
             token: [AtomicU64::new(0), AtomicU64::new(0)],
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
-            leave: AtomicBool::new(false),
+            leave: AtomicU32::new(0),
             process: Process::default(),
             message: [const { AtomicU8::new(0) }; MESSAGE],
         }
@@ -237,7 +237,7 @@ impl RunnerSlot {
             self.process.leave();
             self.since.store(worker::now(), Ordering::Relaxed);
             self.held.store(false, Ordering::Release);
-            self.leave.store(false, Ordering::Release);
+            self.leave.store(0, Ordering::Release);
         }
         taken
     }
