@@ -1,5 +1,5 @@
-//! What pgrx does not bind, identical on PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
-//! tcop/tcopprot.h, access/twophase.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
+//! What pgrx does not bind on all of PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
+//! tcop/tcopprot.h, access/twophase.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
 //! as a Rust panic instead of jumping over Rust frames.
 
 use pgrx::pg_sys;
@@ -26,6 +26,8 @@ unsafe extern "C-unwind" {
     pub fn ProcessNotifyInterrupt(flush: bool);
     pub fn DiscardCommand(statement: *mut pg_sys::DiscardStmt, is_top_level: bool);
     pub fn die(signal: c_int);
+    #[cfg_attr(feature = "pg18", link_name = "pqsignal_be")]
+    pub fn pqsignal(signal: c_int, handler: Option<unsafe extern "C-unwind" fn(c_int)>);
 }
 
 /// Runs a call into PostgreSQL that may raise.

@@ -107,12 +107,17 @@ pub fn at_exit(callback: unsafe extern "C-unwind" fn(i32, pg_sys::Datum)) {
 
 /// Ends this worker in order; the postmaster does not log it.
 pub fn exit() -> ! {
-    // SAFETY: runs the exit callbacks.
-    unsafe { pg_sys::proc_exit(0) }
+    leave(0)
 }
 
 /// Ends this worker so that the postmaster brings it back.
 pub fn exit_to_restart() -> ! {
-    // SAFETY: as above.
-    unsafe { pg_sys::proc_exit(1) }
+    leave(1)
+}
+
+#[allow(unreachable_code)] // proc_exit never returns, but not all of pgrx's bindings say so
+fn leave(code: i32) -> ! {
+    // SAFETY: runs the exit callbacks.
+    unsafe { pg_sys::proc_exit(code) };
+    std::process::exit(code)
 }

@@ -26,8 +26,8 @@ unsafe extern "C-unwind" fn on_sighup(_signal: i32) {
 pub fn start() {
     // SAFETY: first thing in a background worker's main function.
     unsafe {
-        pg_sys::pqsignal(libc::SIGTERM, Some(super::ffi::die));
-        pg_sys::pqsignal(libc::SIGHUP, Some(on_sighup));
+        super::ffi::pqsignal(libc::SIGTERM, Some(super::ffi::die));
+        super::ffi::pqsignal(libc::SIGHUP, Some(on_sighup));
         pg_sys::BackgroundWorkerUnblockSignals();
     }
 }

@@ -353,7 +353,14 @@ impl Socket {
     pub fn sync_to(&mut self, client: &mut Client, channels: &str) {
         let address = self.ws.get_ref().local_addr().unwrap().to_string();
         let query = format!("SELECT 1 FROM imbus_stat_connections WHERE address = $1 AND channels {channels}");
-        eventually("the subscription is taken", || client.query_opt(&query, &[&address]).unwrap().is_some());
+        let until = Instant::now() + PATIENCE;
+        while client.query_opt(&query, &[&address]).unwrap().is_none() {
+            if Instant::now() > until {
+                self.ws.get_ref().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                panic!("the subscription was not taken; the socket says {:?}", self.ws.read());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// The next notification, `{"id", "message"}`; panics when none comes.
