@@ -300,6 +300,39 @@ fn a_role_that_lost_login_fails_its_job_with_the_reason() {
 }
 
 #[test]
+fn a_role_that_lost_connect_fails_its_job_with_the_reason() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_noconnect");
+    role(&mut sql, "j_noconnect_ann");
+    let gate = Gate::close(&cluster, "j_noconnect");
+    let first = call(&mut sql, "'pass'");
+    let mut ann = cluster.connect_as("j_noconnect", "j_noconnect_ann");
+    let id = call(&mut ann, &format!("'now', depends_on => ARRAY[{first}]"));
+    sql.batch_execute("REVOKE CONNECT ON DATABASE j_noconnect FROM PUBLIC").unwrap();
+    gate.open();
+    let error = ended(&mut sql, id)["payload"]["error"].clone();
+    assert_eq!(error["code"], "runner_failed", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("permission denied for database"), "{error}");
+}
+
+#[test]
+fn a_role_that_was_dropped_fails_its_job() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_norole");
+    role(&mut sql, "j_norole_ann");
+    let gate = Gate::close(&cluster, "j_norole");
+    let first = call(&mut sql, "'pass'");
+    let mut ann = cluster.connect_as("j_norole", "j_norole_ann");
+    let id = call(&mut ann, &format!("'now', depends_on => ARRAY[{first}]"));
+    drop(ann);
+    sql.batch_execute("DROP OWNED BY j_norole_ann; DROP ROLE j_norole_ann").unwrap();
+    gate.open();
+    let error = ended(&mut sql, id)["payload"]["error"].clone();
+    assert_eq!(error["code"], "runner_failed", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("does not exist"), "{error}");
+}
+
+#[test]
 fn a_function_dropped_after_enqueue_fails_the_job() {
     let cluster = shared();
     let mut sql = cluster.database("j_dropped");
@@ -507,6 +540,32 @@ fn a_smaller_priority_of_another_role_runs_first() {
     gate.open();
     eventually("all have run", || number(&mut sql, "SELECT count(*) FROM effect") == 29);
     assert_eq!(number(&mut sql, "SELECT n FROM effect ORDER BY at LIMIT 1"), 1);
+}
+
+#[test]
+fn a_job_waits_for_those_it_depends_on() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_depends");
+    sql.batch_execute(
+        "CREATE TABLE effect (at bigserial, n int);
+         CREATE FUNCTION note(n int) RETURNS void LANGUAGE sql AS 'INSERT INTO effect (n) VALUES (n)';
+         CREATE FUNCTION fail() RETURNS int LANGUAGE sql AS 'SELECT 1 / 0'",
+    )
+    .unwrap();
+    let gate = Gate::close(&cluster, "j_depends");
+    let first = call(&mut sql, "'pass'");
+    let failing = call(&mut sql, "'fail'");
+    let second = call(&mut sql, &format!("'note', '[2]', depends_on => ARRAY[{first}], priority => 0"));
+    let third = call(&mut sql, &format!("'note', '[3]', depends_on => ARRAY[{first}, {second}], priority => 0"));
+    let never = call(&mut sql, &format!("'note', '[4]', depends_on => ARRAY[{failing}], priority => 0"));
+    let free = call(&mut sql, "'note', '[1]'");
+    ended(&mut sql, free);
+    ended(&mut sql, failing);
+    assert_eq!(state(&mut sql, second), "created");
+    gate.open();
+    assert_eq!(ended(&mut sql, third)["state"], "done");
+    assert_eq!(value(&mut sql, "SELECT jsonb_agg(n ORDER BY at) FROM effect"), json!([1, 2, 3]));
+    assert_eq!(state(&mut sql, never), "created");
 }
 
 #[test]

@@ -43,7 +43,7 @@ fn is_served(cluster: &Cluster, database: &str) {
     until(&mut socket, &payload);
 }
 
-/// The process of this type, if there is one.
+/// The process of this type, if there is one. Asked as superuser: the type is hidden from others.
 fn process(sql: &mut Client, backend_type: &str) -> Option<i32> {
     sql.query_opt("SELECT pid FROM pg_stat_activity WHERE backend_type = $1", &[&backend_type])
         .unwrap()
@@ -134,6 +134,21 @@ fn the_workers_show_their_names() {
         .unwrap();
     let names: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(names, ["imbus gateway", "imbus database l_names", "imbus job l_names"].map(String::from).into());
+    drop(sql);
+    cluster.connect("postgres").batch_execute("DROP DATABASE l_names").unwrap();
+}
+
+#[test]
+fn a_runner_at_work_shows_its_target() {
+    let cluster = shared();
+    let mut sql = cluster.database("l_target");
+    endless_job(&mut sql);
+    let shown = "SELECT state, query FROM pg_stat_activity WHERE backend_type = 'imbus job l_target'";
+    let row = sql.query_one(shown, &[]).unwrap();
+    assert_eq!(row.get::<_, String>(0), "active");
+    assert!(row.get::<_, String>(1).contains("endless"), "{}", row.get::<_, String>(1));
+    drop(sql);
+    cluster.connect("postgres").batch_execute("DROP DATABASE l_target").unwrap();
 }
 
 #[test]
@@ -201,7 +216,7 @@ fn the_owner_drops_a_served_database() {
     drop(owned(&cluster, "l_drop", ""));
     let mut owner = cluster.connect_as("postgres", "l_drop");
     owner.batch_execute("DROP DATABASE l_drop").unwrap();
-    gone(&mut owner, "imbus database l_drop");
+    gone(&mut cluster.connect("postgres"), "imbus database l_drop");
 }
 
 #[test]
@@ -210,9 +225,52 @@ fn the_owner_drops_a_database_in_which_a_job_runs() {
     let mut inside = owned(&cluster, "l_busy", "");
     endless_job(&mut inside);
     drop(inside);
+    // One of another role too, whose sessions the owner may not terminate.
+    cluster.connect("l_busy").batch_execute("SELECT ir_async_call('endless')").unwrap();
+    let mut sql = cluster.connect("postgres");
+    eventually("both run", || {
+        let runners = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'l_busy' AND wait_event = 'PgSleep'";
+        sql.query_one(runners, &[]).unwrap().get::<_, i64>(0) == 2
+    });
     let mut owner = cluster.connect_as("postgres", "l_busy");
     owner.batch_execute("DROP DATABASE l_busy").unwrap();
-    gone(&mut owner, "imbus job l_busy");
+    gone(&mut sql, "imbus job l_busy");
+}
+
+/// Enqueues a job and waits until it has run.
+fn runs_a_job(sql: &mut Client) {
+    let job: i64 = sql.query_one("SELECT ir_async_call('now')", &[]).unwrap().get(0);
+    eventually("the job has run", || {
+        let state: String = sql.query_one("SELECT ir_async_status($1) ->> 'state'", &[&job]).unwrap().get(0);
+        state == "succeeded"
+    });
+}
+
+#[test]
+fn a_dropped_database_gives_its_runners_places_back() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut other = cluster.database("other");
+    let mut sql = cluster.database("demo");
+    endless_job(&mut sql);
+    drop(sql);
+    other.batch_execute("DROP DATABASE demo").unwrap();
+    runs_a_job(&mut other);
+    let mut sql = cluster.database("demo");
+    runs_a_job(&mut sql);
+    drop(sql);
+    other.batch_execute("DROP DATABASE demo").unwrap();
+    runs_a_job(&mut other);
+}
+
+#[test]
+fn a_dropped_extension_gives_its_runners_places_back() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut other = cluster.database("other");
+    let mut sql = cluster.database("demo");
+    runs_a_job(&mut sql);
+    sql.batch_execute("DROP EXTENSION imbus").unwrap();
+    gone(&mut sql, "imbus database demo");
+    runs_a_job(&mut other);
 }
 
 #[test]
@@ -223,8 +281,9 @@ fn a_renamed_database_is_served_under_its_new_name() {
     let mut owner = cluster.connect_as("postgres", "l_old");
     owner.batch_execute("ALTER DATABASE l_old RENAME TO l_new").unwrap();
     is_served(&cluster, "l_new");
-    assert_eq!(process(&mut owner, "imbus database l_old"), None);
-    assert!(process(&mut owner, "imbus database l_new").is_some());
+    let mut sql = cluster.connect("postgres");
+    assert_eq!(process(&mut sql, "imbus database l_old"), None);
+    assert!(process(&mut sql, "imbus database l_new").is_some());
 }
 
 #[test]
@@ -274,12 +333,57 @@ fn a_stranger_cannot_push_the_workers_out() {
 #[test]
 fn a_drop_that_fails_lets_the_workers_back() {
     let cluster = shared();
-    let mut inside = owned(&cluster, "l_failed_drop", "");
-    let before = process(&mut inside, "imbus database l_failed_drop").unwrap();
+    let _inside = owned(&cluster, "l_failed_drop", "");
+    let mut sql = cluster.connect("postgres");
+    let before = process(&mut sql, "imbus database l_failed_drop").unwrap();
     let mut owner = cluster.connect_as("postgres", "l_failed_drop");
     assert_eq!(refusal(owner.query("DROP DATABASE l_failed_drop", &[])), "55006");
     is_served(&cluster, "l_failed_drop");
-    assert_ne!(process(&mut inside, "imbus database l_failed_drop"), Some(before), "they had to leave");
+    assert_ne!(process(&mut sql, "imbus database l_failed_drop"), Some(before), "they had to leave");
+}
+
+#[test]
+fn a_job_pushed_out_by_a_drop_that_fails_runs_again() {
+    let cluster = shared();
+    let mut sql = cluster.database("l_pushed");
+    sql.batch_execute(
+        "CREATE FUNCTION pass() RETURNS int LANGUAGE sql AS 'SELECT 1 FROM pg_advisory_xact_lock(1)';
+         SELECT pg_advisory_lock(1)",
+    )
+    .unwrap();
+    let job: i64 = sql.query_one("SELECT ir_async_call('pass')", &[]).unwrap().get(0);
+    let mut at_gate = |but: i32| {
+        let mut found = None;
+        eventually("a runner stands at the gate", || {
+            let waiting = "SELECT pid FROM pg_stat_activity WHERE datname = 'l_pushed' AND wait_event = 'advisory'";
+            found = sql.query_opt(waiting, &[]).unwrap().map(|row| row.get::<_, i32>(0)).filter(|pid| *pid != but);
+            found.is_some()
+        });
+        found.unwrap()
+    };
+    let before = at_gate(0);
+    assert_eq!(refusal(cluster.connect("postgres").query("DROP DATABASE l_pushed", &[])), "55006");
+    at_gate(before);
+    sql.batch_execute("SELECT pg_advisory_unlock(1)").unwrap();
+    let status = "SELECT (s ->> 'state') || ' ' || (s ->> 'attempts') || ' ' || (s ->> 'deaths')
+                    FROM ir_async_status($1) s";
+    let mut found = String::new();
+    eventually("the job has ended", || {
+        found = sql.query_one(status, &[&job]).unwrap().get(0);
+        !found.starts_with("processing")
+    });
+    assert_eq!(found, "succeeded 1 0", "state, attempts, deaths: being pushed out is no death");
+}
+
+#[test]
+fn a_served_database_moves_to_another_tablespace() {
+    let cluster = shared();
+    drop(cluster.database("l_moved"));
+    let mut sql = cluster.connect("postgres");
+    sql.batch_execute("SET allow_in_place_tablespaces = on").unwrap();
+    sql.batch_execute("CREATE TABLESPACE l_space LOCATION ''").unwrap();
+    sql.batch_execute("ALTER DATABASE l_moved SET TABLESPACE l_space").unwrap();
+    is_served(&cluster, "l_moved");
 }
 
 #[test]
@@ -311,19 +415,15 @@ fn odoos_database_manager_copies_renames_and_drops() {
 fn a_new_owner_can_terminate_the_worker() {
     let cluster = shared();
     drop(owned(&cluster, "l_owner", ""));
-    let mut sql = cluster.connect("postgres");
-    sql.batch_execute("CREATE ROLE l_heir LOGIN; ALTER DATABASE l_owner OWNER TO l_heir").unwrap();
+    cluster
+        .connect("postgres")
+        .batch_execute("CREATE ROLE l_heir LOGIN; ALTER DATABASE l_owner OWNER TO l_heir")
+        .unwrap();
     let mut heir = cluster.connect_as("l_owner", "l_heir");
-    let mut refused = String::new();
     eventually("the new owner may terminate the worker", || {
-        let Some(pid) = process(&mut sql, "imbus database l_owner") else { return false };
-        match heir.query_one("SELECT pg_terminate_backend($1)", &[&pid]) {
-            Ok(_) => true,
-            Err(error) => {
-                refused = error.to_string();
-                false
-            }
-        }
+        let all = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                    WHERE datname = 'l_owner' AND pid <> pg_backend_pid()";
+        heir.query_one(all, &[]).is_ok_and(|row| row.get::<_, i64>(0) > 0)
     });
     is_served(&cluster, "l_owner");
 }

@@ -177,6 +177,10 @@ impl Cluster {
                 )
                 .is_ok_and(|row| row.is_some())
         });
+        // The views know of a worker before the gateway lets its clients in.
+        let port = self.ws_port(&mut client);
+        let token = token(&mut client, &json!(["*"]));
+        eventually(&format!("clients of database {database} are let in"), || Socket::open(port, &token).is_let_in());
     }
 
     /// The gateway's real port, asked for in a database that has the extension.
@@ -337,6 +341,12 @@ impl Socket {
     /// Sends a message as it is.
     pub fn send(&mut self, text: &str) {
         self.ws.send(Message::text(text)).unwrap();
+    }
+
+    /// Whether the gateway keeps the connection: it answers a ping instead of closing.
+    pub fn is_let_in(&mut self) -> bool {
+        let _ = self.ws.send(Message::Ping(Vec::new().into()));
+        matches!(self.ws.read(), Ok(Message::Pong(_)))
     }
 
     /// Subscribes; returns without an answer, as there is none.
