@@ -7,6 +7,8 @@ use postgres::Client;
 use postgres::fallible_iterator::FallibleIterator;
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::sync::OnceLock;
+use std::time::Duration;
 
 /// Odoo's table, as Odoo 18 makes it.
 const ODOO_TABLE: &str = "CREATE TABLE public.bus_bus (id serial PRIMARY KEY, create_uid int, write_uid int,
@@ -34,16 +36,33 @@ fn pg_notify(postgres: &mut Client, function: &str, payload: &str) {
     postgres.execute(&format!("SELECT {function}('imbus', $1)"), &[&payload]).unwrap();
 }
 
+/// A connection that hears NOTIFY imbus in database postgres, of which the first from this database has come already.
+fn listener(cluster: &Cluster, sql: &mut Client, database: &str) -> Client {
+    let mut listener = cluster.connect("postgres");
+    listener.batch_execute("LISTEN imbus").unwrap();
+    eventually("NOTIFY goes out", || {
+        send(sql, "begin", json!(0));
+        let payload = json!([[database, "begin"]]).to_string();
+        heard(&mut listener, Duration::from_secs(1)).is_some_and(|found| found == payload)
+    });
+    listener
+}
+
+/// The next payload.
+fn heard(listener: &mut Client, timeout: Duration) -> Option<String> {
+    let mut notifications = listener.notifications();
+    let next = notifications.timeout_iter(timeout).next().unwrap();
+    next.map(|notification| notification.payload().to_owned())
+}
+
 /// The payloads heard that name a database, until one of them names this channel of it.
 fn heard_until(listener: &mut Client, database: &str, channel: &str) -> Vec<Value> {
     let mut payloads = Vec::new();
-    let mut notifications = listener.notifications();
-    let mut heard = notifications.timeout_iter(PATIENCE);
-    while let Some(notification) = heard.next().unwrap() {
-        assert_eq!(notification.channel(), "imbus");
-        let payload: Value = serde_json::from_str(notification.payload()).unwrap();
+    while let Some(payload) = heard(listener, PATIENCE) {
+        let payload: Value = serde_json::from_str(&payload).unwrap();
         let channels = payload.as_array().unwrap();
-        if channels.iter().all(|found| found[0] == database) {
+        let is_begin = channels.contains(&json!([database, "begin"]));
+        if channels.iter().all(|found| found[0] == database) && !is_begin {
             let is_last = channels.contains(&json!([database, channel]));
             payloads.push(payload);
             if is_last {
@@ -135,7 +154,8 @@ fn insert_and_notify(database: &str, function: &str, payload: &str) {
     let cluster = shared();
     let mut sql = cluster.database(database);
     let mut postgres = cluster.connect("postgres");
-    postgres.batch_execute("CREATE EXTENSION IF NOT EXISTS imbus").unwrap();
+    static INSTALLED: OnceLock<()> = OnceLock::new();
+    INSTALLED.get_or_init(|| postgres.batch_execute("CREATE EXTENSION imbus").unwrap());
     let mut socket = cluster.subscriber(&mut sql, json!(["broadcast"]), 0);
     sql.batch_execute("SET session_replication_role = replica").unwrap();
     promptly(|number| {
@@ -503,8 +523,7 @@ fn eight_writers_reach_twenty_sockets_once_each_and_in_one_order() {
 fn a_listener_hears_each_transaction_once_with_its_channels_deduplicated() {
     let cluster = shared();
     let mut sql = cluster.database("emit");
-    let mut listener = cluster.connect("postgres");
-    listener.batch_execute("LISTEN imbus").unwrap();
+    let mut listener = listener(&cluster, &mut sql, "emit");
     sql.batch_execute(
         "BEGIN;
          SELECT bus_sendone('a', 't', '1'); SELECT bus_sendone('[\"res.partner\", 42]'::jsonb, 't', '2');
@@ -524,8 +543,7 @@ fn a_listener_hears_each_transaction_once_with_its_channels_deduplicated() {
 fn what_was_rolled_back_is_not_notified() {
     let cluster = shared();
     let mut sql = cluster.database("emit_rollback");
-    let mut listener = cluster.connect("postgres");
-    listener.batch_execute("LISTEN imbus").unwrap();
+    let mut listener = listener(&cluster, &mut sql, "emit_rollback");
     sql.batch_execute("BEGIN; SELECT bus_sendone('gone', 't', '1'); ROLLBACK").unwrap();
     send(&mut sql, "end", json!(2));
     assert_eq!(heard_until(&mut listener, "emit_rollback", "end"), [json!([["emit_rollback", "end"]])]);
@@ -536,8 +554,7 @@ fn with_emit_notify_off_no_listener_hears_anything() {
     let cluster = Cluster::start();
     let mut sql = cluster.database("quiet");
     let mut socket = cluster.subscriber(&mut sql, json!(["probe"]), 0);
-    let mut listener = cluster.connect("postgres");
-    listener.batch_execute("LISTEN imbus").unwrap();
+    let mut listener = listener(&cluster, &mut sql, "quiet");
     // Nothing shows when a worker has read its settings: a probe sent while off is followed by one sent while on,
     // whose NOTIFY comes later, until the first one's is missing.
     eventually("a probe is delivered without NOTIFY", || {
@@ -545,15 +562,13 @@ fn with_emit_notify_off_no_listener_hears_anything() {
         send(&mut sql, "probe", json!("off"));
         assert_eq!(socket.payload(), json!("off"));
         set_emit(&cluster, true);
-        let mut heard = Vec::new();
+        let mut payloads = Vec::new();
         eventually("NOTIFY goes out again", || {
             send(&mut sql, "on", json!("on"));
-            let mut notifications = listener.notifications();
-            let next = notifications.timeout_iter(std::time::Duration::from_secs(1)).next().unwrap();
-            heard.extend(next.map(|found| found.payload().to_owned()));
-            heard.iter().any(|payload| payload.contains("\"on\""))
+            payloads.extend(heard(&mut listener, Duration::from_secs(1)));
+            payloads.iter().any(|payload| payload.contains("\"on\""))
         });
-        !heard.iter().any(|payload| payload.contains("\"probe\""))
+        !payloads.iter().any(|payload| payload.contains("\"probe\""))
     });
 }
 

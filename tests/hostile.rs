@@ -455,20 +455,14 @@ fn what_python_writes_and_jsonb_refuses_is_delivered_as_it_is() {
 }
 
 #[test]
-fn a_client_that_asks_for_no_database_learns_nothing() {
+fn the_token_decides_whatever_else_the_query_says() {
     let cluster = shared();
     let mut sql = demo(&cluster);
     let port = cluster.ws_port(&mut sql);
     let good = token(&mut sql, &json!(["broadcast"]));
-    // Whatever else the query says, the token decides.
     let path = format!("/websocket?version=18.0-7&db=postgres&token={good}&token=x&channels=[\"other\"]");
     let mut socket = Socket::open_path(port, &path.replace('"', "%22"), &[]).unwrap();
-    works_on(&mut socket, &mut sql);
-}
-
-/// As `works`, on the only channel of the token.
-fn works_on(socket: &mut Socket, sql: &mut Client) {
     socket.subscribe(json!(["broadcast"]), 0);
-    socket.sync(sql);
-    socket.only(sql, "broadcast");
+    socket.sync(&mut sql);
+    socket.only(&mut sql, "broadcast");
 }

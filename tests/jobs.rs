@@ -1,4 +1,4 @@
-//! Jobs run once, as the role that enqueued them and with no way to become more, whatever ends the processes around them.
+//! Jobs run once, as the role that enqueued them and no more than that role, whatever ends the processes around them.
 
 mod common;
 
@@ -182,6 +182,24 @@ fn a_failing_job_leaves_nothing_but_its_error() {
     }
     let found = status(&mut sql, id);
     assert_eq!((&found["state"], &found["payload"]), (&json!("failed"), &json!({"error": error})));
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 0);
+}
+
+#[test]
+fn a_job_that_cannot_commit_fails() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_deferred");
+    sql.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY);
+         CREATE TABLE effect (n int REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+         CREATE FUNCTION orphan() RETURNS int LANGUAGE sql AS 'INSERT INTO effect VALUES (1) RETURNING n'",
+    )
+    .unwrap();
+    let mut socket = cluster.subscriber(&mut sql, json!(["jobs"]), 0);
+    let id = number(&mut sql, "ir_async_call_notify('O', 'orphan', '[]', '{}', '\"jobs\"')");
+    assert_eq!(failure(&mut sql, id), "23503");
+    let states: Vec<Value> = (0..3).map(|_| socket.payload()["state"].clone()).collect();
+    assert_eq!(states, ["created", "processing", "failed"]);
     assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 0);
 }
 

@@ -822,4 +822,6 @@ fn a_job_that_was_running_when_it_was_dumped_runs_in_the_copy() {
         let payload: Option<String> = copy.query_one("SELECT payload ->> 'result' FROM ir_async", &[]).unwrap().get(0);
         payload.as_deref() == Some("l_dump_job_copy")
     });
+    drop(sql);
+    cluster.connect("postgres").batch_execute("DROP DATABASE l_dump_job").unwrap();
 }

@@ -47,12 +47,13 @@ fn by_token(request: &Request, env: &Env) -> Result<Claims, Close> {
                 _ => refuse("invalid token"),
             },
         )?;
-    if env.databases.is_empty() {
-        return Err(Close::new(CloseCode::TryLater, "no database is served yet"));
-    }
-    match env.databases.iter().any(|database| database.oid == claims.oid && database.name == claims.db) {
-        true => Ok(claims),
-        false => Err(refuse("the token's database is not served")),
+    let mut alike = env.databases.iter().filter(|served| served.oid == claims.oid || served.name == claims.db);
+    match alike.next() {
+        Some(served) if served.oid == claims.oid && served.name == claims.db => Ok(claims),
+        // Renamed, or dropped and made again: the token is for what was there before.
+        Some(_) => Err(refuse("the token is for another database")),
+        // A token of this very server: its database has just got the extension, or its worker is on its way.
+        None => Err(Close::new(CloseCode::TryLater, "the token's database is not served")),
     }
 }
 

@@ -32,8 +32,9 @@ const PART: usize = 1 << 20;
 const PRUNE: Duration = Duration::from_secs(60);
 /// How far below the greatest id a starting worker looks for ids that are still in flight.
 const START_WINDOW: i64 = 10_000;
-/// A bus table that has just become the bus table: rows younger than this (seconds) are new to everybody.
-const ADOPTION: f64 = 15.0;
+/// Rows younger than this (seconds) are dispatched by a worker that knows nothing: it cannot tell whether anybody was
+/// told of them.
+const BEGINNING: f64 = 15.0;
 
 /// Everything the worker knows.
 struct Database {
@@ -200,7 +201,7 @@ impl Database {
         // A timeout of less than a millisecond would spin.
         let timeout = if idle { timeout } else { timeout.max(Duration::from_millis(1)) };
         worker::report_activity(None);
-        worker::wait(&Waiting {
+        worker::idle(&Waiting {
             socket: self.link.as_ref().map(Link::fd),
             writable: self.link.as_ref().is_some_and(|link| link.backlog() > 0),
             timeout,
@@ -363,9 +364,7 @@ impl Database {
             self.bus.get_or_insert_with(|| bus.clone());
             return Ok(());
         }
-        let position =
-            if same { in_flight(bus)? } else { Position { high: bus.last_id_before(ADOPTION)?, gaps: vec![] } };
-        self.tracker = Some(Tracker::new(position, running()));
+        self.tracker = Some(Tracker::new(beginning(bus)?, running()));
         self.bus = Some(bus.clone());
         Ok(())
     }
@@ -509,10 +508,10 @@ fn sound(row: RawRow, bus: &Bus) -> Option<Notification> {
     Some(Notification { id, channel, message: message.into() })
 }
 
-/// The table as it is when the first worker starts: everything visible counts as dispatched (clients say what they
-/// have), ids missing near the end may still be in flight.
-fn in_flight(bus: &Bus) -> Outcome<Position> {
-    let high = bus.last_id()?;
+/// Where a worker begins that knows nothing, in a table it has not read before: rows that are older than a restart takes
+/// count as dispatched (clients say what they have), ids missing shortly before may still be in flight.
+fn beginning(bus: &Bus) -> Outcome<Position> {
+    let high = bus.last_id_before(BEGINNING)?;
     let low = high.saturating_sub(START_WINDOW).max(0);
     let mut gaps = Vec::new();
     let mut expected = low.saturating_add(1);

@@ -2,7 +2,7 @@
 //! have the extension and keeps a worker for each, owns the network threads.
 
 use super::launch::{self, Handle, Launch};
-use super::shared::{self, DatabaseSlot, DatabaseState, Shared};
+use super::shared::{self, DatabaseSlot, DatabaseState, RunnerState, Shared};
 use super::transaction::{self, safely};
 use super::worker::{self, Waiting};
 use super::{guc, listen, sql};
@@ -172,7 +172,7 @@ impl Gateway {
             worker::report_activity(None);
             let timeout = self.next_scan.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             let timeout = if listen::pending() { Duration::ZERO } else { timeout };
-            worker::wait(&Waiting { socket: Some(self.waker.as_raw_fd()), writable: false, timeout });
+            worker::idle(&Waiting { socket: Some(self.waker.as_raw_fd()), writable: false, timeout });
         }
     }
 
@@ -233,6 +233,7 @@ impl Gateway {
         let present: HashSet<u32> = list.iter().map(|database| database.oid).collect();
         self.absent.retain(|oid| present.contains(oid));
         self.tidy(&present);
+        self.tidy_runners(&present);
         let mut starved = 0;
         for database in &list {
             if !self.keep_worker(database) {
@@ -266,6 +267,17 @@ impl Gateway {
                 slot.process.leave();
                 slot.set_state(DatabaseState::Exited);
             } else {
+                slot.free();
+            }
+        }
+    }
+
+    /// Frees the places of runners whose database is gone, or has lost the extension: no database worker comes back to
+    /// look after them.
+    fn tidy_runners(&self, present: &HashSet<u32>) {
+        for (_, slot) in self.shared.runners().filter(|(_, slot)| slot.state() == RunnerState::Exited) {
+            let database = slot.database.load(Ordering::Acquire);
+            if !present.contains(&database) || self.absent.contains(&database) {
                 slot.free();
             }
         }

@@ -33,6 +33,8 @@ enum Meaning {
     Hold(pg_sys::Oid),
     /// An extension may come or go, here.
     Extension,
+    /// This database has a new owner.
+    Owner(u32),
     /// Rows may become visible without a commit of this session.
     Visible,
 }
@@ -75,6 +77,10 @@ unsafe extern "C-unwind" fn utility(
             run();
             wake::extension_changed();
         }
+        Meaning::Owner(database) => {
+            run();
+            wake::owner_changed(database);
+        }
         Meaning::Visible => {
             run();
             if let Some(shared) = shared::get() {
@@ -108,10 +114,14 @@ unsafe fn meaning(node: *mut pg_sys::Node) -> Meaning {
                 }
             }
             Tag::T_CreateExtensionStmt | Tag::T_AlterExtensionStmt | Tag::T_DropOwnedStmt => Meaning::Extension,
-            Tag::T_DropStmt => match (*node.cast::<pg_sys::DropStmt>()).removeType {
-                pg_sys::ObjectType::OBJECT_EXTENSION | pg_sys::ObjectType::OBJECT_SCHEMA => Meaning::Extension,
-                _ => Meaning::Nothing,
-            },
+            Tag::T_DropStmt => drops(&*node.cast::<pg_sys::DropStmt>()),
+            Tag::T_AlterOwnerStmt => {
+                let alter = &*node.cast::<pg_sys::AlterOwnerStmt>();
+                match alter.objectType == pg_sys::ObjectType::OBJECT_DATABASE && !alter.object.is_null() {
+                    true => Meaning::Owner(database_named(value(alter.object)).into()),
+                    false => Meaning::Nothing,
+                }
+            }
             Tag::T_TransactionStmt => match (*node.cast::<pg_sys::TransactionStmt>()).kind {
                 pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED => Meaning::Visible,
                 _ => Meaning::Nothing,
@@ -121,15 +131,63 @@ unsafe fn meaning(node: *mut pg_sys::Node) -> Meaning {
     }
 }
 
+/// What a DROP means. DROP EXTENSION imbus by its owner pushes the workers of this database out, so that it does not
+/// wait for a job that runs.
+///
+/// SAFETY: a valid statement of PostgreSQL's parser.
+unsafe fn drops(statement: &pg_sys::DropStmt) -> Meaning {
+    match statement.removeType {
+        pg_sys::ObjectType::OBJECT_SCHEMA => Meaning::Extension,
+        pg_sys::ObjectType::OBJECT_EXTENSION => {
+            // SAFETY: the objects of DROP EXTENSION are String nodes; a catalog look-up inside a transaction.
+            unsafe {
+                let named = cells(statement.objects).iter().any(|cell| {
+                    let name = value(cell.ptr_value.cast());
+                    !name.is_null() && CStr::from_ptr(name) == c"imbus"
+                });
+                let extension = pg_sys::get_extension_oid(c"imbus".as_ptr(), true);
+                let owned = named && extension != pg_sys::InvalidOid && owns_extension(extension);
+                if owned { Meaning::Hold(pg_sys::MyDatabaseId) } else { Meaning::Extension }
+            }
+        }
+        _ => Meaning::Nothing,
+    }
+}
+
+/// The text of a String node.
+///
+/// SAFETY: `node` is one.
+unsafe fn value(node: *mut pg_sys::Node) -> *const c_char {
+    // SAFETY: the caller's; the struct has been the same since PostgreSQL 15.
+    unsafe { (*node.cast::<pg_sys::String>()).sval }
+}
+
+/// The cells of a list.
+///
+/// SAFETY: a valid list or NULL.
+unsafe fn cells<'a>(list: *mut pg_sys::List) -> &'a [pg_sys::ListCell] {
+    // SAFETY: a list's elements are `length` cells.
+    unsafe {
+        match list.as_ref() {
+            Some(list) => std::slice::from_raw_parts(list.elements, usize::try_from(list.length).unwrap_or(0)),
+            None => &[],
+        }
+    }
+}
+
+/// SAFETY: `name` is a C string.
+unsafe fn database_named(name: *const c_char) -> pg_sys::Oid {
+    // SAFETY: a catalog look-up inside a transaction.
+    unsafe { pg_sys::get_database_oid(name, true) }
+}
+
 /// The name after TEMPLATE in CREATE DATABASE.
 ///
 /// SAFETY: a valid statement of PostgreSQL's parser.
 unsafe fn template(statement: &pg_sys::CreatedbStmt) -> Option<*mut c_char> {
     // SAFETY: a list of DefElem, each with a name.
     unsafe {
-        let list = statement.options.as_ref()?;
-        let cells = std::slice::from_raw_parts(list.elements, usize::try_from(list.length).unwrap_or(0));
-        let mut options = cells.iter().map(|cell| cell.ptr_value.cast::<pg_sys::DefElem>());
+        let mut options = cells(statement.options).iter().map(|cell| cell.ptr_value.cast::<pg_sys::DefElem>());
         let option = options.find(|option| {
             let option = &**option;
             CStr::from_ptr(option.defname) == c"template" && !option.arg.is_null()
@@ -165,6 +223,18 @@ unsafe fn owns_database(database: pg_sys::Oid, user: pg_sys::Oid) -> bool {
         let owns = pg_sys::pg_database_ownercheck(database, user);
         #[cfg(not(feature = "pg15"))]
         let owns = pg_sys::object_ownercheck(pg_sys::DatabaseRelationId, database, user);
+        owns
+    }
+}
+
+unsafe fn owns_extension(extension: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog look-up inside a transaction.
+    unsafe {
+        let user = pg_sys::GetUserId();
+        #[cfg(feature = "pg15")]
+        let owns = pg_sys::pg_extension_ownercheck(extension, user);
+        #[cfg(not(feature = "pg15"))]
+        let owns = pg_sys::object_ownercheck(pg_sys::ExtensionRelationId, extension, user);
         owns
     }
 }

@@ -181,10 +181,8 @@ impl Dispatcher {
             if let Some((id, token)) = slot.job() {
                 settle(&Claimed { id, token }, &slot.message(), !slot.held.load(Ordering::Acquire));
             }
-            slot.clear_job();
-            slot.database.store(0, Ordering::Release);
             let wanted_by = slot.leave.load(Ordering::Acquire);
-            slot.set_state(RunnerState::Free);
+            slot.free();
             if wanted_by != 0 && wanted_by != self.database {
                 self.shared.wake_jobs(wanted_by);
                 given_up = true;
@@ -308,6 +306,9 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
     slot.process.leave();
     slot.set_state(RunnerState::Exited);
     shared.wake_jobs(database);
+    // Should the database worker be gone for good, the gateway frees the place.
+    shared.rescan.store(true, Ordering::Release);
+    shared.gateway.wake();
 }
 
 fn claim(slot: &RunnerSlot, role: u32) -> Option<Claimed> {
@@ -341,7 +342,7 @@ fn linger(slot: &RunnerSlot, database: u32, role: u32) -> Option<Claimed> {
             return None;
         }
         worker::report_activity(None);
-        worker::wait(&Waiting { socket: None, writable: false, timeout: left });
+        worker::idle(&Waiting { socket: None, writable: false, timeout: left });
         worker::reload();
         let claimed = claim(slot, role);
         if claimed.is_some() {

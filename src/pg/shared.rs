@@ -228,6 +228,14 @@ impl RunnerSlot {
         self.job.store(0, Ordering::Release);
     }
 
+    /// Gives the place back.
+    pub fn free(&self) {
+        self.clear_job();
+        self.process.leave();
+        self.database.store(0, Ordering::Release);
+        self.set_state(RunnerState::Free);
+    }
+
     fn reserve(&self) -> bool {
         let (free, reserved) = (RunnerState::Free as u32, RunnerState::Reserved as u32);
         let taken = self.state.compare_exchange(free, reserved, Ordering::AcqRel, Ordering::Acquire).is_ok();

@@ -10,6 +10,7 @@ thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
+    static OWNER: Cell<u32> = const { Cell::new(0) };
 }
 
 /// The running transaction has published to the bus of this database.
@@ -25,6 +26,11 @@ pub fn enqueued() {
 /// The running transaction has created or dropped an extension or a database.
 pub fn extension_changed() {
     EXTENSION.set(true);
+}
+
+/// The running transaction has given a database to another owner.
+pub fn owner_changed(database: u32) {
+    OWNER.set(database);
 }
 
 /// The running transaction keeps the workers of a database out (`hook`); they are let back when it ends.
@@ -50,14 +56,24 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             if published || enqueued || extension {
                 tell(published, enqueued, extension);
             }
+            recheck(OWNER.take());
         }
         // A prepared transaction's rows are found by the worker's own look-out (database.rs) or by COMMIT PREPARED.
         XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT | XACT_EVENT_PREPARE => {
             PUBLISHED.set(false);
             ENQUEUED.set(false);
             EXTENSION.set(false);
+            OWNER.set(0);
         }
         _ => {}
+    }
+}
+
+/// Has the worker of a database look again whether it has the extension, and who owns it.
+fn recheck(database: u32) {
+    if let Some(slot) = shared::get().and_then(|shared| shared.database(database)).filter(|_| database != 0) {
+        slot.recheck.store(true, std::sync::atomic::Ordering::Release);
+        slot.process.wake();
     }
 }
 
@@ -81,10 +97,7 @@ fn tell(published: bool, enqueued: bool, extension: bool) {
         shared.wake_jobs(database);
     }
     if extension {
-        if let Some(slot) = shared.database(database) {
-            slot.recheck.store(true, std::sync::atomic::Ordering::Release);
-            slot.process.wake();
-        }
+        recheck(database);
         shared.announce(database);
     }
 }

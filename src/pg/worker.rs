@@ -49,9 +49,23 @@ pub struct Waiting {
     pub timeout: Duration,
 }
 
+/// Sleeps as [`wait`] does in a worker that has nothing to do: a cancel request is for a statement, and there is none
+/// (PostgreSQL's idle backends ignore it likewise, ProcessInterrupts in postgres.c).
+pub fn idle(waiting: &Waiting) {
+    sleep(waiting);
+    // SAFETY: a flag that the signal handler sets.
+    unsafe { pg_sys::QueryCancelPending = 0 };
+    check_interrupts();
+}
+
 /// Sleeps until the latch, the socket or the time; ends the process when the postmaster died, raises when it was told
-/// to terminate.
+/// to terminate or to cancel.
 pub fn wait(waiting: &Waiting) {
+    sleep(waiting);
+    check_interrupts();
+}
+
+fn sleep(waiting: &Waiting) {
     let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
     if waiting.socket.is_some() {
         events |= pg_sys::WL_SOCKET_READABLE;
@@ -66,7 +80,6 @@ pub fn wait(waiting: &Waiting) {
         pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, socket, millis, pg_sys::PG_WAIT_EXTENSION);
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
-    check_interrupts();
 }
 
 /// Ends the process when it was told to.

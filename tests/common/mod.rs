@@ -178,9 +178,10 @@ impl Cluster {
                 .is_ok_and(|row| row.is_some())
         });
         // The views know of a worker before the gateway lets its clients in.
-        let port = self.ws_port(&mut client);
-        let token = token(&mut client, &json!(["*"]));
-        eventually(&format!("clients of database {database} are let in"), || Socket::open(port, &token).is_let_in());
+        eventually(&format!("clients of database {database} are let in"), || {
+            let path = format!("/websocket?version=18.0-7&token={}", token(&mut client, &json!(["*"])));
+            Socket::open_path(self.ws_port(&mut client), &path, &[]).is_ok_and(|mut socket| socket.is_let_in())
+        });
     }
 
     /// The gateway's real port, asked for in a database that has the extension.
@@ -429,7 +430,10 @@ impl Socket {
                 {
                     panic!("the connection did not end")
                 }
-                Err(_) => return Ended::Dropped,
+                Err(error) => {
+                    eprintln!("dropped: {error}");
+                    return Ended::Dropped;
+                }
             }
         }
     }
