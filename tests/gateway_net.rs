@@ -244,7 +244,7 @@ impl Worker {
 
     fn dispatch(&mut self, notifications: &[Notification]) {
         let high = notifications.iter().map(|notification| notification.id).max().unwrap_or_default();
-        let position = Position { high, gaps: Vec::new() };
+        let position = Position { table: 1, high, gaps: Vec::new() };
         self.send(&Event::Dispatch { notifications: notifications.to_vec(), position });
     }
 
@@ -445,7 +445,7 @@ fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
     let mut late = gateway.client();
     late.subscribe(r#"["a"]"#, 6);
     let (mut worker, position) = gateway.worker_of(DEMO);
-    assert_eq!(position, Some(Position { high: 7, gaps: Vec::new() }));
+    assert_eq!(position, Some(Position { table: 1, high: 7, gaps: Vec::new() }));
     let mut asked = [worker.recover(), worker.recover()];
     asked.sort_by_key(|(_, _, last)| *last);
     assert_eq!(
@@ -647,7 +647,7 @@ fn databases_come_and_go() {
     assert_eq!(client.ids(), [2]);
     gateway.net().send(ToNet::Databases(Arc::new(databases().split_off(1))));
     assert_eq!(client.closed().0, 1001);
-    assert_eq!(gateway.client().closed().0, 4401);
+    assert_eq!(gateway.client().closed().0, 1013);
     drop(worker);
     assert_eq!(gateway.worker_of(DEMO).1, None, "the position of a dropped extension is forgotten");
 }

@@ -14,6 +14,8 @@ pub type Range = (i64, i64);
 /// The worker's position: everything up to `high` was dispatched, except what lies in `gaps`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
+    /// OID of the bus table: ids of another table mean nothing.
+    pub table: u32,
     /// The greatest id seen.
     pub high: i64,
     /// Ids below `high` that may still commit, ascending, disjoint.
@@ -38,6 +40,7 @@ struct Group {
 /// The bookkeeping of one bus table.
 #[derive(Clone, Debug, Default)]
 pub struct Tracker {
+    table: u32,
     high: i64,
     groups: Vec<Group>,
     log: VecDeque<i64>,
@@ -47,7 +50,7 @@ impl Tracker {
     /// Goes on from a position; `holders` are the transactions running now.
     pub fn new(position: Position, holders: HashSet<u64>) -> Tracker {
         let groups = if position.gaps.is_empty() { Vec::new() } else { vec![Group { gaps: position.gaps, holders }] };
-        Tracker { high: position.high, groups, log: VecDeque::new() }
+        Tracker { table: position.table, high: position.high, groups, log: VecDeque::new() }
     }
 
     /// Goes back to a position that the gateway saw last; the log of deliveries stays.
@@ -60,12 +63,17 @@ impl Tracker {
     pub fn position(&self) -> Position {
         let mut gaps: Vec<Range> = self.groups.iter().flat_map(|group| group.gaps.iter().copied()).collect();
         gaps.sort_unstable();
-        Position { high: self.high, gaps }
+        Position { table: self.table, high: self.high, gaps }
     }
 
     /// Whether any id is waited for.
     pub fn has_gaps(&self) -> bool {
         !self.groups.is_empty()
+    }
+
+    /// OID of the table it is about.
+    pub fn table(&self) -> u32 {
+        self.table
     }
 
     /// The greatest id seen.
@@ -145,9 +153,10 @@ mod tests {
 
     #[test]
     fn a_skipped_id_is_waited_for_until_its_transactions_end() {
-        let mut tracker = Tracker::new(Position { high: 10, gaps: vec![] }, set(&[]));
+        let mut tracker = Tracker::new(Position { table: 1, high: 10, gaps: vec![] }, set(&[]));
         tracker.arrived(&[11, 14], || set(&[7]));
-        assert_eq!(tracker.position(), Position { high: 14, gaps: vec![(12, 13)] });
+        assert_eq!(tracker.position(), Position { table: 1, high: 14, gaps: vec![(12, 13)] });
+        assert_eq!(tracker.table(), 1);
         tracker.settle(&set(&[7, 8]));
         tracker.filled(&[13]);
         assert_eq!(tracker.position().gaps, vec![(12, 12)]);

@@ -157,9 +157,9 @@ fn raw(row: &sql::Row<'_>) -> Outcome<RawRow> {
 const COLUMNS: &str = "id::bigint, channel::text, message::text, create_uid IS NULL, xmin::text";
 
 impl Bus {
-    /// Whether both are the same table.
-    pub fn same_table(&self, other: &Bus) -> bool {
-        self.relid == other.relid
+    /// OID of the table.
+    pub fn oid(&self) -> u32 {
+        self.relid.into()
     }
 
     fn select(&self, condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<RawRow>> {

@@ -47,7 +47,6 @@ struct Database {
     resumed: bool,
     next_connect: Instant,
     tracker: Option<Tracker>,
-    bus: Option<Bus>,
     next_look: Instant,
     next_prune: Instant,
     poison_logged: bool,
@@ -90,7 +89,6 @@ pub extern "C-unwind" fn imbus_database_main(argument: pg_sys::Datum) {
         resumed: false,
         next_connect: now,
         tracker: None,
-        bus: None,
         next_look: now,
         next_prune: now + PRUNE,
         poison_logged: false,
@@ -357,15 +355,13 @@ impl Database {
         self.send(&Event::Dispatch { notifications: part, position: end });
     }
 
-    /// Starts the bookkeeping of a bus table: of the first one, or of Odoo's when it has taken over.
+    /// Starts the bookkeeping of a bus table that is not the one known so far: the first one, Odoo's when it has taken
+    /// over, or the one of an extension that was created again.
     fn adopt(&mut self, bus: &Bus) -> Outcome<()> {
-        let same = self.bus.as_ref().is_none_or(|known| known.same_table(bus));
-        if same && self.tracker.is_some() {
-            self.bus.get_or_insert_with(|| bus.clone());
-            return Ok(());
+        let known = self.tracker.as_ref().is_some_and(|tracker| tracker.table() == bus.oid());
+        if !known {
+            self.tracker = Some(Tracker::new(beginning(bus)?, running()));
         }
-        self.tracker = Some(Tracker::new(beginning(bus)?, running()));
-        self.bus = Some(bus.clone());
         Ok(())
     }
 
@@ -521,7 +517,7 @@ fn beginning(bus: &Bus) -> Outcome<Position> {
         }
         expected = id.saturating_add(1);
     }
-    Ok(Position { high, gaps })
+    Ok(Position { table: bus.oid(), high, gaps })
 }
 
 /// Deletes old notifications and finished jobs, in short transactions.
