@@ -7,7 +7,8 @@ CARGO ?= cargo
 
 EXTENSION = imbus
 DATA = $(wildcard sql/imbus--*.sql)
-OUTPUTDIR ?= tests/output
+# Where pg_regress writes: user postgres may not write into somebody else's checkout.
+OUTPUTDIR ?= $(shell test -w tests && echo tests/output || echo "$${TMPDIR:-/tmp}/imbus-installcheck-$$(id -u)")
 # pg_regress and isolation specs against the running server of PGHOST and PGPORT. Which tests: asked of the server when
 # they run, since those of the workers need a server that preloads imbus.
 REGRESS = $(shell scripts/regress_tests '$(bindir)/psql')

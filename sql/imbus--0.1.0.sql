@@ -47,7 +47,7 @@ CREATE TABLE ir_async (
     timeout interval,
     identity_key varchar,
     depends_on bigint[],
-    token varchar,
+    token text,
     claimed_at timestamptz,
     finished_at timestamptz,
     CONSTRAINT ir_async_state_check

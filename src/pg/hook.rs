@@ -101,11 +101,18 @@ unsafe fn meaning(node: *mut pg_sys::Node) -> Meaning {
     unsafe {
         match (*node).type_ {
             Tag::T_DropdbStmt => hold((*node.cast::<pg_sys::DropdbStmt>()).dbname, false),
-            Tag::T_CreatedbStmt => match template(&*node.cast::<pg_sys::CreatedbStmt>()) {
-                Some(name) => hold(name, true),
+            Tag::T_CreatedbStmt => match option((*node.cast::<pg_sys::CreatedbStmt>()).options, c"template") {
+                Some(template) => hold(pg_sys::defGetString(template), true),
                 None => Meaning::Extension,
             },
-            Tag::T_AlterDatabaseStmt => hold((*node.cast::<pg_sys::AlterDatabaseStmt>()).dbname, false),
+            Tag::T_AlterDatabaseStmt => {
+                let alter = &*node.cast::<pg_sys::AlterDatabaseStmt>();
+                // SET TABLESPACE moves its files; the other options concern nobody here.
+                match option(alter.options, c"tablespace") {
+                    Some(_) => hold(alter.dbname, false),
+                    None => Meaning::Nothing,
+                }
+            }
             Tag::T_RenameStmt => {
                 let rename = &*node.cast::<pg_sys::RenameStmt>();
                 match rename.renameType == pg_sys::ObjectType::OBJECT_DATABASE {
@@ -181,18 +188,14 @@ unsafe fn database_named(name: *const c_char) -> pg_sys::Oid {
     unsafe { pg_sys::get_database_oid(name, true) }
 }
 
-/// The name after TEMPLATE in CREATE DATABASE.
+/// An option of CREATE or ALTER DATABASE that has a value.
 ///
-/// SAFETY: a valid statement of PostgreSQL's parser.
-unsafe fn template(statement: &pg_sys::CreatedbStmt) -> Option<*mut c_char> {
-    // SAFETY: a list of DefElem, each with a name.
+/// SAFETY: `options` is a list of DefElem, each with a name, or NULL.
+unsafe fn option(options: *mut pg_sys::List, name: &CStr) -> Option<*mut pg_sys::DefElem> {
+    // SAFETY: the caller's.
     unsafe {
-        let mut options = cells(statement.options).iter().map(|cell| cell.ptr_value.cast::<pg_sys::DefElem>());
-        let option = options.find(|option| {
-            let option = &**option;
-            CStr::from_ptr(option.defname) == c"template" && !option.arg.is_null()
-        })?;
-        Some(pg_sys::defGetString(option))
+        let mut options = cells(options).iter().map(|cell| cell.ptr_value.cast::<pg_sys::DefElem>());
+        options.find(|option| CStr::from_ptr((**option).defname) == name && !(**option).arg.is_null())
     }
 }
 
@@ -290,7 +293,9 @@ fn is_served(shared: &Shared, database: u32) -> bool {
 }
 
 fn is_runner_of(slot: &shared::RunnerSlot, database: u32) -> bool {
+    // A job that drops its own extension is left alone.
     slot.database.load(Ordering::Acquire) == database
+        && slot.process.pid() != worker::pid()
         && matches!(slot.state(), RunnerState::Reserved | RunnerState::Running)
 }
 

@@ -3,7 +3,7 @@
 
 use super::bus;
 use super::datum::{JsonbText, Text};
-use super::report::{Outcome, report};
+use super::report::{Outcome, internal, report};
 use super::sql;
 use super::transaction::{Failure, as_owner, safely};
 use super::{wake, worker};
@@ -11,6 +11,7 @@ use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::core::json;
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
+use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
 use std::cell::{Cell, RefCell};
 
@@ -159,18 +160,36 @@ impl Drop for Enqueueing {
 }
 
 /// Trigger function before INSERT on `ir_async`: a job that imbus did not enqueue runs as the role that inserts it
-/// (SPEC section 11), and the worker hears of it.
+/// (SPEC section 11), and the worker hears of it. Inserted by a superuser (a restore), an unfinished job does not run at
+/// all, since it may be anybody's: it has failed, and stays visible.
 #[pg_trigger]
 fn ir_async_inserted<'a>(trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgHeapTuple<'a, impl WhoAllocated>>> {
     let Some(new) = trigger.new() else { return Ok(None) };
     let mut tuple = new.into_owned();
     wake::enqueued();
     if !ENQUEUEING.get() {
-        // SAFETY: a plain global of the session.
-        let role = unsafe { pg_sys::GetUserId() };
-        tuple.set_by_name("role", role).map_err(super::report::internal)?;
+        // Raised here: pgrx turns an Err of a trigger function into a panic's text.
+        disown(&mut tuple).unwrap_or_report();
     }
     Ok(Some(tuple))
+}
+
+fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
+    // SAFETY: a plain global of the session, and a catalog look-up.
+    let (role, superuser) = unsafe { (pg_sys::GetUserId(), pg_sys::superuser()) };
+    tuple.set_by_name("role", role).map_err(internal)?;
+    let state: Option<String> = tuple.get_by_name("state").map_err(internal)?;
+    if superuser && matches!(state.as_deref(), Some("created" | "processing")) {
+        let message = "inserted by a superuser: whose job it was is not known";
+        let payload = job::error_payload("not_enqueued", message, None, None);
+        tuple.set_by_name("state", State::Failed.as_str()).map_err(internal)?;
+        tuple.set_by_name("token", None::<String>).map_err(internal)?;
+        tuple.set_by_name("traceback", message).map_err(internal)?;
+        tuple.set_by_name("payload", JsonbText(payload)).map_err(internal)?;
+        let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
+        tuple.set_by_name("finished_at", now).map_err(internal)?;
+    }
+    Ok(())
 }
 
 /// The payload of a notification about a change.
@@ -263,7 +282,7 @@ fn new_token() -> Outcome<Token> {
     // SAFETY: fills exactly 16 bytes.
     let random = unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };
     if !random {
-        return Err(super::report::internal("could not make random bytes"));
+        return Err(internal("could not make random bytes"));
     }
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }

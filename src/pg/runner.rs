@@ -242,6 +242,8 @@ fn warn_no_slot(database: &str) {
 thread_local! {
     /// The slot of this runner.
     static SLOT: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Another library's hook.
+    static PREVIOUS_LOG: Cell<pg_sys::emit_log_hook_type> = const { Cell::new(None) };
     /// Set once connected: what is logged from then on is no failure to connect.
     static CONNECTED: Cell<bool> = const { Cell::new(false) };
 }
@@ -260,7 +262,7 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
     slot.process.enter();
     launch::at_exit(leave);
     // SAFETY: main thread; the hook stays for the life of the process and only writes to shared memory.
-    unsafe { pg_sys::emit_log_hook = Some(keep_message) };
+    unsafe { PREVIOUS_LOG.set(std::mem::replace(&mut *(&raw mut pg_sys::emit_log_hook), Some(keep_message))) };
     let (database, role) = (slot.database.load(Ordering::Acquire), slot.role.load(Ordering::Acquire));
     launch::connect(database, role);
     CONNECTED.set(true);
@@ -279,6 +281,10 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
 /// Keeps the message of the FATAL that ends a runner which cannot connect.
 #[pg_guard]
 unsafe extern "C-unwind" fn keep_message(error: *mut pg_sys::ErrorData) {
+    if let Some(previous) = PREVIOUS_LOG.get() {
+        // SAFETY: the hook that was there before, with its own argument.
+        unsafe { super::ffi::guarded(|| previous(error)) };
+    }
     if CONNECTED.get() {
         return;
     }

@@ -54,6 +54,15 @@ DO $$ BEGIN PERFORM ir_async_complete(current_setting('regress.job')::bigint);
     EXCEPTION WHEN insufficient_privilege THEN RAISE NOTICE 'not allowed'; END $$;
 RESET ROLE;
 DELETE FROM ir_async;
+
+-- A superuser's plain INSERT (a restore) never makes somebody's job run with a superuser's rights.
+INSERT INTO ir_async (method, role) VALUES ('pg_catalog.now()', 1)
+    RETURNING role::regrole::text = current_user AS mine, state, payload #>> '{error,code}' AS code;
+INSERT INTO ir_async (method, role, state, token) VALUES ('pg_catalog.now()', 1, 'processing', 'x')
+    RETURNING state, token, finished_at IS NOT NULL AS finished;
+INSERT INTO ir_async (method, role, state, finished_at) VALUES ('pg_catalog.now()', 1, 'done', now())
+    RETURNING state, payload;
+DELETE FROM ir_async;
 DROP OWNED BY imbus_regress_nologin, imbus_regress_login;
 DROP ROLE imbus_regress_nologin, imbus_regress_login;
 DROP FUNCTION regress_add, regress_twice(int), regress_twice(text), regress_any;
