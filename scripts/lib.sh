@@ -15,7 +15,11 @@ as_postgres() {
 
 # A command that installs into PostgreSQL's directories.
 as_root() {
-    if [ "$(id -u)" -eq 0 ] || [ -w "$("$PG_CONFIG" --pkglibdir)" ]; then "$@"; else sudo "$@"; fi
+    if [ "$(id -u)" -eq 0 ] || [ -w "$("$PG_CONFIG" --pkglibdir)" ]; then
+        "$@"
+    else
+        sudo ${CARGO_TARGET_DIR:+env CARGO_TARGET_DIR="$CARGO_TARGET_DIR"} "$@" # sudo empties the environment
+    fi
 }
 
 free_port() {
@@ -41,8 +45,11 @@ cluster_start() {
         { tail -n 30 "$1/log" >&2; return 1; }
 }
 
-# By the pid in postmaster.pid; quiet when nothing runs.
+# By the pid in postmaster.pid; quiet when nothing runs. After a reboot that pid may belong to somebody else: a
+# postmaster is known by its working directory.
 cluster_stop() {
-    [ -f "$1/data/postmaster.pid" ] || return 0
+    local pid
+    pid=$(as_postgres head -n 1 "$1/data/postmaster.pid" 2>/dev/null) || return 0
+    [ "$(as_postgres readlink "/proc/$pid/cwd" 2>/dev/null)" = "$(realpath "$1/data")" ] || return 0
     (cd "$1" && as_postgres "$(pg_bindir)/pg_ctl" -D "$1/data" -m fast -w -t 60 stop >/dev/null 2>&1) || true
 }

@@ -2,10 +2,9 @@
 
 mod common;
 
-use common::{Cluster, eventually, shared};
-use postgres::{Client, Row};
+use common::{Cluster, eventually, kill_9, recovered, refusal, shared};
+use postgres::Client;
 use serde_json::{Value, json};
-use std::process::Command;
 
 /// A role that may log in and enqueue here.
 fn role(sql: &mut Client, name: &str) {
@@ -64,11 +63,6 @@ fn failure(sql: &mut Client, id: i64) -> Value {
     found["payload"]["error"]["code"].clone()
 }
 
-/// The SQLSTATE with which a statement was refused.
-fn refusal(result: Result<Vec<Row>, postgres::Error>) -> String {
-    result.expect_err("refused").code().expect("an error of the server").code().to_owned()
-}
-
 /// Holds up the jobs that call `pass()` until it is opened.
 struct Gate(Client);
 
@@ -104,20 +98,6 @@ fn runner_at_gate(sql: &mut Client, but: i32) -> i32 {
         pid.is_some()
     });
     pid.unwrap()
-}
-
-fn kill_9(pid: i32) {
-    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-}
-
-/// Waits until the server has come back from its crash recovery.
-fn recovered(cluster: &Cluster, database: &str) -> Client {
-    let mut client = None;
-    eventually("the server has recovered", || {
-        client = cluster.try_connect(database, "postgres").ok();
-        client.as_mut().is_some_and(|client| client.simple_query("SELECT 1").is_ok())
-    });
-    client.unwrap()
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,13 @@
 
 mod common;
 
-use common::{Cluster, Ended, Socket, eventually, free_port, shared, token};
+use common::{Cluster, Ended, Socket, eventually, free_port, kill_9, recovered, refusal, shared, token};
 use postgres::{Client, Row};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Odoo's table, as Odoo 18 makes it.
@@ -64,11 +63,6 @@ fn gone(sql: &mut Client, backend_type: &str) {
     eventually(&format!("{backend_type} has ended"), || process(sql, backend_type).is_none());
 }
 
-/// The SQLSTATE with which a statement was refused.
-fn refusal(result: Result<Vec<Row>, postgres::Error>) -> String {
-    result.expect_err("refused").code().expect("an error of the server").code().to_owned()
-}
-
 /// A role that is no superuser, and its database with the extension, which it has installed itself.
 fn owned(cluster: &Cluster, name: &str, attributes: &str) -> Client {
     let mut sql = cluster.connect("postgres");
@@ -92,21 +86,6 @@ fn endless_job(client: &mut Client) {
         let running = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'";
         client.query_opt(running, &[]).unwrap().is_some()
     });
-}
-
-fn kill_9(pid: i32) {
-    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
-}
-
-/// Waits until the server has come back from its crash recovery.
-fn recovered(cluster: &Cluster, database: &str) -> Client {
-    let mut client = None;
-    eventually("the server has recovered", || {
-        client = cluster.try_connect(database, "postgres").ok();
-        client.as_mut().is_some_and(|client| client.simple_query("SELECT 1").is_ok())
-    });
-    cluster.wait_served(database);
-    client.unwrap()
 }
 
 /// A subscriber of channel news of database demo that has had one message: the id.
@@ -797,31 +776,41 @@ fn a_custom_dump_of_an_odoo_database_restores() {
 }
 
 #[test]
-fn a_job_that_was_running_when_it_was_dumped_runs_in_the_copy() {
+fn a_job_that_was_running_when_it_was_dumped_runs_in_the_copy_as_who_restores_it() {
     let cluster = shared();
-    let mut sql = cluster.database("l_dump_job");
-    sql.batch_execute(
-        "CREATE FUNCTION wait() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
-             IF current_database() = 'l_dump_job' THEN PERFORM pg_sleep(3600); END IF;
-             RETURN current_database();
-         END $$;
-         SELECT ir_async_call('wait')",
-    )
-    .unwrap();
+    let mut owner = owned(&cluster, "l_dump_job", "");
+    owner
+        .batch_execute(
+            "CREATE FUNCTION wait() RETURNS text LANGUAGE plpgsql AS $$ BEGIN
+                 IF current_database() = 'l_dump_job' THEN PERFORM pg_sleep(3600); END IF;
+                 RETURN current_database() || ' ' || session_user;
+             END $$;
+             SELECT ir_async_call('wait')",
+        )
+        .unwrap();
     eventually("the job runs", || {
-        sql.query_opt("SELECT 1 FROM ir_async WHERE state = 'processing'", &[]).unwrap().is_some()
+        owner.query_opt("SELECT 1 FROM ir_async WHERE state = 'processing'", &[]).unwrap().is_some()
     });
-    sql.batch_execute("CREATE DATABASE l_dump_job_copy").unwrap();
+    let mut sql = cluster.connect("postgres");
+    sql.batch_execute("CREATE DATABASE l_dump_job_copy OWNER l_dump_job").unwrap();
+    sql.batch_execute("CREATE DATABASE l_dump_job_super").unwrap();
     let file = cluster.dir.join("l_dump_job.dump").display().to_string();
     let port = cluster.port.to_string();
-    let server = ["-h", "127.0.0.1", "-p", &port, "-U", "postgres"];
-    cluster.run("pg_dump", &[&server[..], &["-F", "c", "-f", &file, "l_dump_job"]].concat());
-    cluster.run("pg_restore", &[&server[..], &["-e", "-d", "l_dump_job_copy", &file]].concat());
+    let run = |program: &str, role: &str, arguments: &[&str]| {
+        cluster.run(program, &[&["-h", "127.0.0.1", "-p", &port, "-U", role][..], arguments].concat());
+    };
+    run("pg_dump", "l_dump_job", &["-F", "c", "-f", &file, "l_dump_job"]);
+    run("pg_restore", "l_dump_job", &["-e", "-d", "l_dump_job_copy", &file]);
+    run("pg_restore", "postgres", &["-e", "-d", "l_dump_job_super", &file]);
     let mut copy = cluster.connect("l_dump_job_copy");
     eventually("the job has run in the copy", || {
         let payload: Option<String> = copy.query_one("SELECT payload ->> 'result' FROM ir_async", &[]).unwrap().get(0);
-        payload.as_deref() == Some("l_dump_job_copy")
+        payload.as_deref() == Some("l_dump_job_copy l_dump_job")
     });
-    drop(sql);
-    cluster.connect("postgres").batch_execute("DROP DATABASE l_dump_job").unwrap();
+    // Restored by a superuser it must not run with a superuser's rights.
+    let mut copy = cluster.connect("l_dump_job_super");
+    let row = copy.query_one("SELECT state, payload #>> '{error,code}' FROM ir_async", &[]).unwrap();
+    assert_eq!((row.get(0), row.get(1)), ("failed", "not_enqueued"));
+    drop(owner);
+    sql.batch_execute("DROP DATABASE l_dump_job").unwrap();
 }

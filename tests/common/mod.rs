@@ -278,6 +278,27 @@ impl Drop for Cluster {
     }
 }
 
+/// The SQLSTATE with which a statement was refused.
+pub fn refusal(result: Result<Vec<postgres::Row>, postgres::Error>) -> String {
+    result.expect_err("refused").code().expect("an error of the server").code().to_owned()
+}
+
+/// Ends a process as the kernel would.
+pub fn kill_9(pid: i32) {
+    assert!(Command::new("kill").args(["-KILL", &pid.to_string()]).status().unwrap().success());
+}
+
+/// Waits until the server has come back from its crash recovery and serves the database.
+pub fn recovered(cluster: &Cluster, database: &str) -> Client {
+    let mut client = None;
+    eventually("the server has recovered", || {
+        client = cluster.try_connect(database, "postgres").ok();
+        client.as_mut().is_some_and(|client| client.simple_query("SELECT 1").is_ok())
+    });
+    cluster.wait_served(database);
+    client.unwrap()
+}
+
 /// A token for these channels of the client's database.
 pub fn token(client: &mut Client, channels: &Value) -> String {
     client.query_one("SELECT bus_token($1::text::jsonb, subject => 'test')", &[&channels.to_string()]).unwrap().get(0)
