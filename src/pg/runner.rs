@@ -262,7 +262,10 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
     slot.process.enter();
     launch::at_exit(leave);
     // SAFETY: main thread; the hook stays for the life of the process and only writes to shared memory.
-    unsafe { PREVIOUS_LOG.set(std::mem::replace(&mut *(&raw mut pg_sys::emit_log_hook), Some(keep_message))) };
+    unsafe {
+        PREVIOUS_LOG.set(pg_sys::emit_log_hook);
+        pg_sys::emit_log_hook = Some(keep_message);
+    }
     let (database, role) = (slot.database.load(Ordering::Acquire), slot.role.load(Ordering::Acquire));
     launch::connect(database, role);
     CONNECTED.set(true);
