@@ -5,7 +5,7 @@ use super::bus::{self, Bus, RawRow};
 use super::link::{BACKLOG_MAX, Link};
 use super::report::Outcome;
 use super::shared::{self, DatabaseSlot, DatabaseState, Shared};
-use super::transaction::{self, safely};
+use super::transaction::{self, Failure, safely};
 use super::worker::{self, Waiting};
 use super::{guc, jobs, launch, runner, sql};
 use crate::core::channel::Channel;
@@ -70,9 +70,17 @@ pub extern "C-unwind" fn imbus_database_main(argument: pg_sys::Datum) {
     }
     launch::connect(oid, 0);
     become_owner();
-    let Some(name) = extension_database() else {
-        slot.set_state(DatabaseState::Absent);
-        launch::exit()
+    let name = match extension_database() {
+        Ok(Some(name)) => name,
+        Ok(None) => {
+            slot.set_state(DatabaseState::Absent);
+            launch::exit()
+        }
+        Err(failure) => {
+            // The gateway tries again.
+            pgrx::warning!("imbus could not look for its extension: {failure}");
+            launch::exit()
+        }
     };
     slot.set_state(DatabaseState::Running);
     shared.rescan.store(true, Ordering::Release);
@@ -129,21 +137,14 @@ fn become_owner() {
 }
 
 /// The database's name, if it has the extension.
-fn extension_database() -> Option<String> {
-    let found = transaction::run(|| {
+fn extension_database() -> Result<Option<String>, Failure> {
+    transaction::run(|| {
         safely(|| {
             let text = "SELECT d.datname::text FROM pg_catalog.pg_extension e, pg_catalog.pg_database d
                          WHERE e.extname = 'imbus' AND d.datname = pg_catalog.current_database()";
             sql::first(text, &[], |row| row.text(1))
         })
-    });
-    match found {
-        Ok(name) => name,
-        Err(failure) => {
-            pgrx::warning!("imbus could not look for its extension: {failure}");
-            None
-        }
-    }
+    })
 }
 
 /// The transactions of this database that run now, this process's own left out.
@@ -215,10 +216,15 @@ impl Database {
             return;
         }
         become_owner();
-        if extension_database().is_none() {
-            self.slot.set_state(DatabaseState::Absent);
-            pgrx::log!("imbus no longer serves database \"{}\": the extension was dropped", self.name);
-            launch::exit();
+        match extension_database() {
+            Ok(Some(_)) => {}
+            Ok(None) => {
+                self.slot.set_state(DatabaseState::Absent);
+                pgrx::log!("imbus no longer serves database \"{}\": the extension was dropped", self.name);
+                launch::exit();
+            }
+            // Asked again after the next sleep.
+            Err(_) => self.slot.recheck.store(true, Ordering::Release),
         }
     }
 
