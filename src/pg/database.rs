@@ -147,7 +147,8 @@ fn extension_database() -> Result<Option<String>, Failure> {
     })
 }
 
-/// The transactions of this database that run now, this process's own left out.
+/// The transactions of this database that run now, this process's own left out. Prepared ones are among them, under the
+/// number they had when they were prepared (MarkAsPreparingGuts in twophase.c).
 fn running() -> HashSet<u64> {
     let mut count = 0;
     // SAFETY: main thread; the array is palloc'd and freed here. PostgreSQL 15 to 18 keep the entry at two 32-bit words.
@@ -158,16 +159,6 @@ fn running() -> HashSet<u64> {
         pg_sys::pfree(list.cast());
         set
     }
-}
-
-/// Whether any prepared transaction could still commit rows of this database.
-fn anything_prepared() -> Outcome<bool> {
-    // SAFETY: a plain setting.
-    if unsafe { super::ffi::max_prepared_xacts } == 0 {
-        return Ok(false);
-    }
-    let text = "SELECT true FROM pg_catalog.pg_prepared_xacts WHERE database = pg_catalog.current_database() LIMIT 1";
-    Ok(safely(|| sql::first(text, &[], |_| Ok(())))?.is_some())
 }
 
 impl Database {
@@ -285,7 +276,9 @@ impl Database {
         self.next_look = Instant::now() + if gaps { GAP_LOOKOUT } else { LOOKOUT };
         worker::report_activity(Some("reading committed notifications"));
         while self.can_send() {
-            match transaction::run(|| self.read()) {
+            // Whoever ended before the snapshot is taken is seen by it.
+            let before = running();
+            match transaction::run_in_one_snapshot(|| self.read(&before)) {
                 Ok(more) => {
                     self.complaint.clear();
                     if !more {
@@ -317,10 +310,9 @@ impl Database {
         }
     }
 
-    /// One read: whether there may be more.
-    fn read(&mut self) -> Outcome<bool> {
-        let before = running();
-        let prepared = anything_prepared()?;
+    /// One read, of late and new rows in the same snapshot, or a row could come before one that was committed earlier.
+    /// `before` are the transactions that ran before the snapshot. Returns whether there may be more.
+    fn read(&mut self, before: &HashSet<u64>) -> Outcome<bool> {
         let bus = bus::table()?;
         self.adopt(&bus)?;
         let Some(tracker) = &mut self.tracker else { return Ok(false) };
@@ -329,9 +321,7 @@ impl Database {
         let new = bus.above(tracker.high(), PAGE)?;
         let more = i64::try_from(new.len()).is_ok_and(|count| count == PAGE);
         tracker.filled(&late.iter().map(|row| row.id).collect::<Vec<_>>());
-        if !prepared {
-            tracker.settle(&before);
-        }
+        tracker.settle(before);
         tracker.arrived(&new.iter().map(|row| row.id).collect::<Vec<_>>(), running);
         let position = tracker.position();
         self.slot.position.store(position.high, Ordering::Relaxed);

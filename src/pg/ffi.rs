@@ -20,7 +20,6 @@ pub struct CommMethods {
 unsafe extern "C-unwind" {
     pub static mut PqCommMethods: *const CommMethods;
     pub static mut notifyInterruptPending: c_int;
-    pub static max_prepared_xacts: c_int;
     pub fn Async_Listen(channel: *const c_char);
     pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
     pub fn ProcessNotifyInterrupt(flush: bool);

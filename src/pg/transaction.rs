@@ -40,6 +40,15 @@ fn sqlstate(packed: i32) -> String {
 /// Runs `work` in a transaction of its own with a snapshot, and commits. An ERROR, an `Err` or a panic inside aborts it
 /// and is returned; FATAL ends the process as always.
 pub fn run<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
+    run_at(pg_sys::XACT_READ_COMMITTED, work)
+}
+
+/// The same with one snapshot for all statements, taken before `work` begins.
+pub fn run_in_one_snapshot<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
+    run_at(pg_sys::XACT_REPEATABLE_READ, work)
+}
+
+fn run_at<T>(isolation: u32, work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
     PgTryBuilder::new(AssertUnwindSafe(|| {
         // SAFETY: a worker's top level, outside any transaction.
         unsafe {
@@ -47,7 +56,7 @@ pub fn run<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
             pg_sys::StartTransactionCommand();
             // Whatever ALTER DATABASE … SET default_transaction_… says.
             pg_sys::XactReadOnly = false;
-            pg_sys::XactIsoLevel = pg_sys::XACT_READ_COMMITTED as i32;
+            pg_sys::XactIsoLevel = isolation as i32;
             pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         }
         let value = work().unwrap_or_report();
