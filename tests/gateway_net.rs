@@ -244,7 +244,7 @@ impl Worker {
 
     fn dispatch(&mut self, notifications: &[Notification]) {
         let high = notifications.iter().map(|notification| notification.id).max().unwrap_or_default();
-        let position = Position { table: 1, high, gaps: Vec::new() };
+        let position = Position { table: 1, high, ..Position::default() };
         self.send(&Event::Dispatch { notifications: notifications.to_vec(), position });
     }
 
@@ -445,7 +445,7 @@ fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
     let mut late = gateway.client();
     late.subscribe(r#"["a"]"#, 6);
     let (mut worker, position) = gateway.worker_of(DEMO);
-    assert_eq!(position, Some(Position { table: 1, high: 7, gaps: Vec::new() }));
+    assert_eq!(position, Some(Position { table: 1, high: 7, ..Position::default() }));
     let mut asked = [worker.recover(), worker.recover()];
     asked.sort_by_key(|(_, _, last)| *last);
     assert_eq!(

@@ -8,7 +8,7 @@ use super::position::Position;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below; a peer with another one is hung up on and comes back after its restart.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Where the gateway listens for links, relative to the data directory (every PostgreSQL process's working directory).
 /// `pg_stat_tmp` is emptied at start and left out of base backups.
@@ -24,8 +24,9 @@ pub enum Event {
     Hello { version: u32, database: u32, name: String },
     /// Newly committed notifications in delivery order, and the worker's position after them.
     Dispatch { notifications: Vec<Notification>, position: Position },
-    /// The answer to [`Command::Recover`]: everything owed of what was dispatched on this link before this message. In
-    /// several messages back to back when it is long; `more` is false in the last one.
+    /// One page of the answer to [`Command::Recover`], in an order in which each page's last id is a position of the
+    /// client. With `more` there are further pages, each sent when [`Command::More`] asks for it. With the last page the
+    /// client has had everything owed of what was dispatched on this link before this message. A page may be empty.
     Recovered { request: u64, notifications: Vec<Notification>, more: bool },
     /// JSON lists of channels to NOTIFY in the listen database on behalf of the writers, one entry per payload.
     Emit { payloads: Vec<String> },
@@ -42,6 +43,10 @@ pub enum Command {
     Resume { position: Option<Position> },
     /// Replay to one connection: what it is owed on these channels after `last` (0: the last 50 s, as Odoo's `_poll`).
     Recover { request: u64, channels: Vec<Channel>, last: i64 },
+    /// The next page of a replay: the client has taken in the one before.
+    More { request: u64 },
+    /// Nobody waits for this replay any more.
+    Forget { request: u64 },
     /// The open connections.
     Connections(Vec<Connection>),
 }

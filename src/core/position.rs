@@ -20,6 +20,8 @@ pub struct Position {
     pub high: i64,
     /// Ids below `high` that may still commit, ascending, disjoint.
     pub gaps: Vec<Range>,
+    /// How far the commit-order ring was read (an index into it).
+    pub ring: u64,
 }
 
 impl Position {
@@ -63,7 +65,7 @@ impl Tracker {
     pub fn position(&self) -> Position {
         let mut gaps: Vec<Range> = self.groups.iter().flat_map(|group| group.gaps.iter().copied()).collect();
         gaps.sort_unstable();
-        Position { table: self.table, high: self.high, gaps }
+        Position { table: self.table, high: self.high, gaps, ring: 0 }
     }
 
     /// Whether any id is waited for.
@@ -153,9 +155,9 @@ mod tests {
 
     #[test]
     fn a_skipped_id_is_waited_for_until_its_transactions_end() {
-        let mut tracker = Tracker::new(Position { table: 1, high: 10, gaps: vec![] }, set(&[]));
+        let mut tracker = Tracker::new(Position { table: 1, high: 10, ..Position::default() }, set(&[]));
         tracker.arrived(&[11, 14], || set(&[7]));
-        assert_eq!(tracker.position(), Position { table: 1, high: 14, gaps: vec![(12, 13)] });
+        assert_eq!(tracker.position(), Position { table: 1, high: 14, gaps: vec![(12, 13)], ring: 0 });
         assert_eq!(tracker.table(), 1);
         tracker.settle(&set(&[7, 8]));
         tracker.filled(&[13]);

@@ -255,7 +255,7 @@ impl Database {
                 self.dispatch();
                 self.recover(request, channels, last);
             }
-            Command::Connections(_) => {}
+            Command::More { .. } | Command::Forget { .. } | Command::Connections(_) => {}
         }
     }
 
@@ -513,7 +513,7 @@ fn beginning(bus: &Bus) -> Outcome<Position> {
         }
         expected = id.saturating_add(1);
     }
-    Ok(Position { table: bus.oid(), high, gaps })
+    Ok(Position { table: bus.oid(), high, gaps, ring: 0 })
 }
 
 /// Deletes old notifications and finished jobs, in short transactions.
