@@ -15,6 +15,16 @@ CREATE TABLE imbus_bus (
     write_date timestamp DEFAULT (pg_catalog.now() AT TIME ZONE 'UTC')
 );
 
+-- How far the database worker was, every few seconds while there is something new: what a client that comes back is
+-- owed, and what is old enough to be deleted. The newest row also tells which bus table is in force. Not dumped.
+CREATE TABLE imbus_bookmark (
+    id bigserial CONSTRAINT imbus_bookmark_pkey PRIMARY KEY,
+    made_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
+    bus oid NOT NULL,
+    high bigint NOT NULL,
+    gaps bigint[] NOT NULL DEFAULT '{}'
+);
+
 -- Jobs: the columns of Odoo's ir.async first, then imbus's own.
 CREATE TABLE ir_async (
     id bigserial CONSTRAINT ir_async_pkey PRIMARY KEY,
@@ -99,7 +109,8 @@ CREATE FUNCTION imbus_version() RETURNS text
 CREATE FUNCTION imbus_bus_inserted() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'imbus_bus_inserted_wrapper';
 CREATE TRIGGER imbus_bus_inserted AFTER INSERT ON imbus_bus
-    FOR EACH STATEMENT EXECUTE FUNCTION imbus_bus_inserted();
+    FOR EACH ROW EXECUTE FUNCTION imbus_bus_inserted();
+ALTER TABLE imbus_bus ENABLE ALWAYS TRIGGER imbus_bus_inserted;
 
 ---------------------------------------------------------------- jobs
 
@@ -174,7 +185,7 @@ REVOKE ALL ON FUNCTION
     ir_async_status(bigint), ir_async_complete(bigint),
     imbus_gateway_state(), imbus_bus_state(), imbus_connections()
 FROM PUBLIC;
-REVOKE ALL ON imbus_bus, ir_async, imbus_stat_gateway, imbus_stat_bus, imbus_stat_connections, imbus_stat_jobs
+REVOKE ALL ON imbus_bus, imbus_bookmark, ir_async, imbus_stat_gateway, imbus_stat_bus, imbus_stat_connections, imbus_stat_jobs
 FROM PUBLIC;
 
 -- The installing role and the owner of the database (after a restore they may differ) get it all; monitors look.
@@ -198,6 +209,7 @@ BEGIN
                                    imbus_stat_jobs TO %s', grantee);
         -- INSERT only so that pg_restore works.
         EXECUTE pg_catalog.format('GRANT SELECT, INSERT ON imbus_bus, ir_async TO %s', grantee);
+        EXECUTE pg_catalog.format('GRANT SELECT ON imbus_bookmark TO %s', grantee);
         EXECUTE pg_catalog.format('GRANT SELECT, UPDATE ON SEQUENCE imbus_bus_id_seq, ir_async_id_seq TO %s', grantee);
     END LOOP;
 END
@@ -208,6 +220,7 @@ GRANT SELECT ON imbus_stat_gateway, imbus_stat_bus, imbus_stat_connections, imbu
 ---------------------------------------------------------------- comments
 
 COMMENT ON TABLE imbus_bus IS 'notifications, where there is no Odoo table bus_bus';
+COMMENT ON TABLE imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds';
 COMMENT ON TABLE ir_async IS 'asynchronous jobs; changed through the ir_async_* functions only';
 COMMENT ON FUNCTION bus_sendone(text, text, jsonb) IS
     'publish on a plain string channel in the current transaction; returns the id';
@@ -224,9 +237,9 @@ COMMENT ON FUNCTION bus_token(jsonb, interval, text, boolean) IS
 COMMENT ON FUNCTION imbus_notify(text, text) IS
     'pg_notify that splits a JSON array too long for one payload (ODOO_NOTIFY_FUNCTION)';
 COMMENT ON FUNCTION imbus_version() IS 'version of the imbus library';
-COMMENT ON FUNCTION imbus_bus_inserted() IS 'trigger: wakes the worker at commit';
+COMMENT ON FUNCTION imbus_bus_inserted() IS 'trigger: tells the worker at commit, in the order of commits';
 COMMENT ON FUNCTION ir_async_inserted() IS 'trigger: a job runs as the role that inserts it';
-COMMENT ON TRIGGER imbus_bus_inserted ON imbus_bus IS 'wakes the worker at commit';
+COMMENT ON TRIGGER imbus_bus_inserted ON imbus_bus IS 'tells the worker at commit, in the order of commits';
 COMMENT ON TRIGGER ir_async_inserted ON ir_async IS 'a job runs as the role that inserts it';
 COMMENT ON FUNCTION ir_async_call(text, jsonb, jsonb, text, jsonb, text, integer, timestamptz, integer, interval,
     interval, text, bigint[], text, bigint[], integer, jsonb, boolean) IS

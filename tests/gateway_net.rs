@@ -250,9 +250,12 @@ impl Worker {
 
     /// The next recovery asked for: its request, channels and `last`.
     fn recover(&mut self) -> (u64, Vec<Channel>, i64) {
-        match self.next() {
-            Some(Command::Recover { request, channels, last }) => (request, channels, last),
-            other => panic!("{other:?}"),
+        loop {
+            match self.next() {
+                Some(Command::Recover { request, channels, last }) => return (request, channels, last),
+                Some(Command::More { .. }) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 

@@ -65,6 +65,13 @@ impl Channel {
         &self.0
     }
 
+    /// A number by which most channels differ, the same in every process; never 0.
+    pub fn fingerprint(&self) -> u32 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        std::hash::Hash::hash(self, &mut hasher);
+        (std::hash::Hasher::finish(&hasher) as u32).max(1)
+    }
+
     /// The channel of these elements; `value` is the text they come from.
     fn of(elements: &[&str], value: &str) -> Result<Channel> {
         let canonical = elements.iter().map(|text| element(text, value)).collect::<Result<Vec<_>>>()?;

@@ -236,6 +236,9 @@ impl Links {
             parts.append(&mut part);
         }
         if more {
+            if let Some(link) = desk.link.and_then(|place| self.links.get_mut(place)).and_then(Option::as_mut) {
+                let _ = link.say(&Command::More { request });
+            }
             return;
         }
         if let Some((Recover { reactor, .. }, notifications)) = desk.running.remove(at) {

@@ -1,23 +1,19 @@
-//! The bus table: which one it is, and every statement on it. All of them run as the table's owner (SPEC section 11).
+//! The bus table: which one it is, and how it is published to. Statements on it run as the table's owner (SPEC
+//! section 11); those of the workers are in `rows`.
 
 use super::datum::Text;
-use super::guc;
 use super::report::{Outcome, report};
-use super::sql;
-use super::transaction::{as_owner, safely};
-use super::{listen, shared, wake};
+use super::transaction::{as_owner, in_passing, safely};
+use super::{guc, listen, ring, shared, sql};
 use crate::core::channel::Channel;
 use crate::core::json;
-use crate::core::position::Range;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 
-/// How far `last = 0` reaches back, in seconds (Odoo's `_poll`: its TIMEOUT of 50 s).
-const RECENT: i64 = 50;
-/// Rows deleted in one transaction of the worker's garbage collection.
-const GC_BATCH: i64 = 10_000;
+mod rows;
+pub use rows::{RawRow, Scope, retention};
 
-/// The bus table of this database.
+/// The bus table of this database, or a table that might be it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bus {
     relid: pg_sys::Oid,
@@ -26,33 +22,49 @@ pub struct Bus {
     name: String,
     /// The database's name, in front of every channel.
     pub database: String,
+    /// The sequence that gives out its ids.
+    sequence: pg_sys::Oid,
+    /// Qualified and quoted, empty when there is none.
+    sequence_name: String,
+    /// Odoo's `public.bus_bus` rather than imbus's own table.
+    pub is_odoo: bool,
 }
 
-/// A row as it stands, not yet trusted.
-#[derive(Debug)]
-pub struct RawRow {
-    pub id: i64,
-    pub channel: Option<String>,
-    pub message: Option<String>,
-    /// Published by imbus rather than by Odoo's ORM (which fills create_uid).
-    pub own: bool,
-    /// The transaction that wrote it.
-    pub xmin: String,
+/// The advisory lock of who sets a sequence: "imbus" in ASCII.
+const ADVANCING: i64 = 0x69_6d62_7573;
+
+/// Ids left out when the bus moves to another table, for those who have one from the old table still in hand.
+const MARGIN: i64 = 1000;
+
+/// The table in force, and what was true when it was looked up.
+#[derive(Clone)]
+struct Found {
+    bus: Bus,
+    /// Whatever is called public.bus_bus, and its owner.
+    odoo: (pg_sys::Oid, pg_sys::Oid),
 }
 
 thread_local! {
-    static FOUND: RefCell<Option<Bus>> = const { RefCell::new(None) };
+    static FOUND: RefCell<Option<Found>> = const { RefCell::new(None) };
 }
 
-/// Odoo's `public.bus_bus` when it is an ordinary table with Odoo's columns, owned by the owner of the database or of
-/// the extension; else imbus's own.
-const FIND: &str = "
+/// The tables that may be the bus: imbus's own, and Odoo's `public.bus_bus` when it is an ordinary table with Odoo's
+/// columns, owned by the owner of the database or of the extension.
+const CANDIDATES: &str = "
     SELECT c.oid, c.relowner, pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname),
-           pg_catalog.current_database()::text
+           pg_catalog.current_database()::text, s.oid,
+           pg_catalog.quote_ident(sn.nspname) || '.' || pg_catalog.quote_ident(s.relname), c.relname = 'bus_bus'
       FROM pg_catalog.pg_class c
       JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
       JOIN pg_catalog.pg_extension e ON e.extname = 'imbus'
       JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
+      LEFT JOIN pg_catalog.pg_attribute i ON i.attrelid = c.oid AND i.attname = 'id' AND NOT i.attisdropped
+      LEFT JOIN pg_catalog.pg_depend p ON p.refobjid = c.oid AND p.refobjsubid = i.attnum
+                                      AND p.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                                      AND p.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
+                                      AND p.deptype IN ('a', 'i')
+      LEFT JOIN pg_catalog.pg_class s ON s.oid = p.objid AND s.relkind = 'S'
+      LEFT JOIN pg_catalog.pg_namespace sn ON sn.oid = s.relnamespace
      WHERE c.relkind = 'r' AND c.relpersistence <> 't'
        AND (   (n.nspname = 'public' AND c.relname = 'bus_bus'
                 AND c.relowner IN (d.datdba, e.extowner)
@@ -63,53 +75,78 @@ const FIND: &str = "
                              OR a.attname IN ('create_date', 'write_date') AND a.atttypid = 1114
                              OR a.attname IN ('create_uid', 'write_uid') AND a.atttypid = 23)) = 7)
             OR (c.relname = 'imbus_bus' AND c.relnamespace = e.extnamespace))
-     ORDER BY c.relname = 'bus_bus' DESC LIMIT 1";
+     ORDER BY s.oid IS NULL";
 
-/// The bus table; found again whenever Odoo's table has come, gone or changed hands. Errors 42P01 without extension.
-pub fn table() -> Outcome<Bus> {
-    let cached = FOUND.with(|found| found.borrow().clone());
-    if let Some(bus) = cached.filter(still_right) {
-        return Ok(bus);
-    }
+/// The tables that exist: imbus's own and, when it may be used, Odoo's. Errors 42P01 without the extension.
+pub fn candidates() -> Outcome<(Bus, Option<Bus>)> {
     let found = safely(|| {
-        sql::first(FIND, &[], |row| {
+        sql::rows(CANDIDATES, &[], |row| {
             Ok(Bus {
                 relid: row.get(1)?.unwrap_or(pg_sys::InvalidOid),
                 owner: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
                 name: row.text(3)?,
                 database: row.text(4)?,
+                sequence: row.get(5)?.unwrap_or(pg_sys::InvalidOid),
+                sequence_name: row.text(6)?,
+                is_odoo: row.need(7)?,
             })
         })
     })?;
-    FOUND.with(|cell| cell.borrow_mut().clone_from(&found));
-    found.ok_or_else(|| {
+    let own = found.iter().find(|bus| !bus.is_odoo).cloned();
+    let odoo = found.into_iter().find(|bus| bus.is_odoo);
+    let own = own.ok_or_else(|| {
         report(
             PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
             "the bus table is missing",
-            "There is neither public.bus_bus nor imbus_bus.",
+            "There is no table imbus_bus.",
             "Run CREATE EXTENSION imbus.",
         )
-    })
+    })?;
+    Ok((own, odoo))
 }
 
-/// Whether the cached table is what `table` would find: by system caches alone, as it is asked for every message.
-fn still_right(bus: &Bus) -> bool {
-    // SAFETY: cache look-ups inside a transaction; the tuple is released before it is left.
-    unsafe {
-        let public = pg_sys::get_namespace_oid(c"public".as_ptr(), true);
-        let odoo = pg_sys::get_relname_relid(c"bus_bus".as_ptr(), public);
-        if odoo != pg_sys::InvalidOid && odoo != bus.relid {
-            return false;
-        }
-        let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, bus.relid.into());
-        if tuple.is_null() {
-            return false;
-        }
-        let class = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>();
-        let owner = (*class).relowner;
-        pg_sys::ReleaseSysCache(tuple);
-        owner == bus.owner
+/// The bus table: Odoo's as soon as it is there, else imbus's own. Whoever finds a table that has just come into force
+/// sees to it that its ids go on above all that were given out.
+pub fn table() -> Outcome<Bus> {
+    let known = FOUND.with_borrow(Clone::clone);
+    if let Some(found) = known.filter(still_right) {
+        return Ok(found.bus);
     }
+    let odoo = odoo_now();
+    let (own, candidate) = candidates()?;
+    let bus = candidate.unwrap_or_else(|| own.clone());
+    bus.go_on_from(&own)?;
+    FOUND.set(Some(Found { bus: bus.clone(), odoo }));
+    Ok(bus)
+}
+
+/// Whatever is called public.bus_bus, with its owner: by system caches alone, as it is asked for every message.
+fn odoo_now() -> (pg_sys::Oid, pg_sys::Oid) {
+    // SAFETY: cache look-ups inside a transaction.
+    let relid = unsafe {
+        let public = pg_sys::get_namespace_oid(c"public".as_ptr(), true);
+        pg_sys::get_relname_relid(c"bus_bus".as_ptr(), public)
+    };
+    (relid, owner(relid).unwrap_or(pg_sys::InvalidOid))
+}
+
+/// The owner of a table, if it exists.
+fn owner(relid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: a cache look-up inside a transaction; the tuple is released before it is left.
+    unsafe {
+        let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, relid.into());
+        if tuple.is_null() {
+            return None;
+        }
+        let owner = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_class>()).relowner;
+        pg_sys::ReleaseSysCache(tuple);
+        Some(owner)
+    }
+}
+
+/// Whether the table found is what `table` would find again.
+fn still_right(found: &Found) -> bool {
+    found.odoo == odoo_now() && owner(found.bus.relid) == Some(found.bus.owner)
 }
 
 /// Publishes in the current transaction: the id of the new row.
@@ -125,135 +162,64 @@ pub fn publish(channel: &Channel, kind: &str, payload: &str) -> Outcome<i64> {
         bus.name
     );
     let args = [Text(stored.clone()).into(), Text(message).into()];
-    let id = as_owner(bus.owner, || sql::first(&insert, &args, |row| row.need::<i64>(1)))?;
-    if shared::get().is_some() {
-        wake::published();
-    } else if guc::emit_notify() {
-        // Without workers only listeners of this very database can be told; the limit is as in `imbus_notify`.
-        for part in crate::core::payload::split(&format!("[{stored}]"), guc::notify_payload_max_length())? {
-            listen::notify("imbus", &part);
-        }
-    }
-    id.ok_or_else(|| {
+    let id = as_owner(bus.owner, || sql::first(&insert, &args, |row| row.need::<i64>(1)))?.ok_or_else(|| {
         report(
             PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
             "the notification was not stored",
             &format!("A trigger on {} suppressed it.", bus.name),
             "",
         )
-    })
+    })?;
+    if shared::get().is_some() {
+        // Where the table has its trigger, that has noted the id already.
+        if !ring::is_noted(id) {
+            ring::note(id);
+        }
+    } else if guc::emit_notify() {
+        // Without workers only listeners of this very database can be told; the limit is as in `imbus_notify`.
+        for part in crate::core::payload::split(&format!("[{stored}]"), guc::notify_payload_max_length())? {
+            listen::notify("imbus", &part);
+        }
+    }
+    Ok(id)
 }
-
-fn raw(row: &sql::Row<'_>) -> Outcome<RawRow> {
-    Ok(RawRow {
-        id: row.need(1)?,
-        channel: row.get::<Text>(2)?.map(|text| text.0),
-        message: row.get::<Text>(3)?.map(|text| text.0),
-        own: row.need(4)?,
-        xmin: row.text(5)?,
-    })
-}
-
-const COLUMNS: &str = "id::bigint, channel::text, message::text, create_uid IS NULL, xmin::text";
 
 impl Bus {
-    /// OID of the table.
-    pub fn oid(&self) -> u32 {
-        self.relid.into()
-    }
-
-    fn select(&self, condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<RawRow>> {
-        let text = format!("SELECT {COLUMNS} FROM {} WHERE {condition}", self.name);
-        as_owner(self.owner, || sql::rows(&text, args, raw))
-    }
-
-    /// The first `limit` visible rows above `high`, ascending: one range of the primary key.
-    pub fn above(&self, high: i64, limit: i64) -> Outcome<Vec<RawRow>> {
-        self.select("id > $1 ORDER BY id LIMIT $2", &[high.into(), limit.into()])
-    }
-
-    /// Which rows with ids in these ranges (inclusive) are visible now, ascending.
-    pub fn within(&self, ranges: &[Range]) -> Outcome<Vec<RawRow>> {
-        if ranges.is_empty() {
-            return Ok(Vec::new());
+    /// Has the ids of this table go on above those that another bus table of this database has given out; `own` is
+    /// imbus's own table. Nothing to do in most cases, nothing that can be done in a read-only transaction.
+    fn go_on_from(&self, own: &Bus) -> Outcome<()> {
+        let others = || -> Outcome<i64> {
+            if self.is_odoo {
+                return Ok(own.last_drawn()?.unwrap_or(0));
+            }
+            let newest = own.last_bookmarked()?.filter(|(table, _)| *table != own.relid);
+            Ok(newest.map_or(0, |(_, high)| high))
+        };
+        // SAFETY: a plain setting of the session.
+        let read_only = unsafe { pg_sys::XactReadOnly || pg_sys::RecoveryInProgress() };
+        if read_only || self.last_drawn()?.is_none_or(|last| last >= others().unwrap_or(0)) {
+            return Ok(());
         }
-        let (low, high): (Vec<i64>, Vec<i64>) = ranges.iter().copied().unzip();
-        let condition = "id IN (SELECT b.id FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::bigint[])) r (low, high)
-                                 CROSS JOIN LATERAL (SELECT i.id FROM TABLE i WHERE i.id BETWEEN r.low AND r.high) b)
-                         ORDER BY id";
-        self.select(&condition.replace("TABLE", &self.name), &[low.into(), high.into()])
+        // One at a time, or a sequence could be set back.
+        in_passing(|| {
+            let lock = "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)";
+            safely(|| sql::first(lock, &[ADVANCING.into()], |_| Ok(())))?;
+            let others = others()?;
+            let limit = if self.is_narrow()? { i64::from(i32::MAX) } else { i64::MAX };
+            if others > self.last_drawn()?.unwrap_or(i64::MAX) && others < limit - MARGIN {
+                self.advance(others + MARGIN)?;
+            }
+            Ok(())
+        })
     }
 
-    /// Which of these rows are visible now, ascending.
-    pub fn among(&self, ids: &[i64]) -> Outcome<Vec<RawRow>> {
-        if ids.is_empty() {
-            return Ok(Vec::new());
-        }
-        self.select("id = ANY($1) ORDER BY id", &[ids.to_vec().into()])
+    /// The owner of the table.
+    pub fn owner(&self) -> pg_sys::Oid {
+        self.owner
     }
 
-    /// Odoo's `_poll`: the last 50 s when `last` is 0, else everything above it, ascending.
-    pub fn since(&self, last: i64) -> Outcome<Vec<RawRow>> {
-        if last == 0 {
-            let recent = "create_date > (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
-                          - pg_catalog.make_interval(secs => $1) ORDER BY id";
-            return self.select(recent, &[(RECENT as f64).into()]);
-        }
-        self.select("id > $1 ORDER BY id", &[last.into()])
+    /// Table `imbus_bookmark`, which stands beside imbus's own bus table.
+    pub fn bookmarks(&self) -> String {
+        format!("{}bookmark", self.name.strip_suffix("bus").unwrap_or(&self.name))
     }
-
-    /// The greatest visible id, 0 when the table is empty.
-    pub fn last_id(&self) -> Outcome<i64> {
-        let text = format!("SELECT COALESCE(max(id), 0)::bigint FROM {}", self.name);
-        Ok(as_owner(self.owner, || sql::first(&text, &[], |row| row.need(1)))?.unwrap_or(0))
-    }
-
-    /// Whether a row with this id is visible.
-    pub fn has(&self, id: i64) -> Outcome<bool> {
-        let text = format!("SELECT true FROM {} WHERE id = $1", self.name);
-        Ok(as_owner(self.owner, || sql::first(&text, &[id.into()], |_| Ok(())))?.is_some())
-    }
-
-    /// The visible ids above `low`, ascending.
-    pub fn ids_above(&self, low: i64) -> Outcome<Vec<i64>> {
-        let text = format!("SELECT id::bigint FROM {} WHERE id > $1 ORDER BY id", self.name);
-        as_owner(self.owner, || sql::rows(&text, &[low.into()], |row| row.need(1)))
-    }
-
-    /// The greatest id of a row older than `seconds`, 0 when there is none.
-    pub fn last_id_before(&self, seconds: f64) -> Outcome<i64> {
-        let text = format!(
-            "SELECT COALESCE(max(id), 0)::bigint FROM {} WHERE create_date < (pg_catalog.clock_timestamp()
-                    AT TIME ZONE 'UTC') - pg_catalog.make_interval(secs => $1)",
-            self.name
-        );
-        Ok(as_owner(self.owner, || sql::first(&text, &[seconds.into()], |row| row.need(1)))?.unwrap_or(0))
-    }
-
-    /// Deletes rows older than `seconds`: how many. With `batch`, only the oldest few, for the worker.
-    pub fn gc(&self, seconds: f64, batch: bool) -> Outcome<i64> {
-        let limit = if batch { GC_BATCH } else { i64::MAX };
-        let text = format!(
-            "DELETE FROM {0} WHERE id IN (
-                SELECT id FROM {0} WHERE create_date < (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
-                       - pg_catalog.make_interval(secs => $1) ORDER BY id LIMIT $2)",
-            self.name
-        );
-        let deleted = as_owner(self.owner, || sql::execute(&text, &[seconds.into(), limit.into()]))?;
-        Ok(i64::try_from(deleted).unwrap_or(i64::MAX))
-    }
-}
-
-/// The retention in seconds: Odoo's `bus.gc_retention_seconds` where there is an Odoo, else `imbus.gc_retention`.
-pub fn retention() -> Outcome<f64> {
-    let find = "SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-          WHERE n.nspname = 'public' AND c.relname = 'ir_config_parameter' AND c.relkind = 'r'
-            AND (SELECT count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped
-                  AND a.attname IN ('key', 'value') AND a.atttypid IN (25, 1043)) = 2";
-    let owner = safely(|| sql::first(find, &[], |row| row.get::<pg_sys::Oid>(1)))?.flatten();
-    let Some(owner) = owner else { return Ok(guc::gc_retention() as f64) };
-    let text = "SELECT value::text FROM public.ir_config_parameter WHERE key = 'bus.gc_retention_seconds'";
-    let value = as_owner(owner, || sql::first(text, &[], |row| row.get::<Text>(1)))?.flatten();
-    let seconds = value.and_then(|text| text.0.trim().parse::<f64>().ok());
-    Ok(seconds.filter(|s| s.is_finite() && *s >= 0.0).unwrap_or(guc::gc_retention() as f64))
 }

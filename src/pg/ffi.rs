@@ -20,6 +20,7 @@ pub struct CommMethods {
 unsafe extern "C-unwind" {
     pub static mut PqCommMethods: *const CommMethods;
     pub static mut notifyInterruptPending: c_int;
+    pub fn TwoPhaseGetDummyProc(xid: pg_sys::TransactionId, lock_held: bool) -> *mut pg_sys::PGPROC;
     pub fn Async_Listen(channel: *const c_char);
     pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
     pub fn ProcessNotifyInterrupt(flush: bool);

@@ -136,7 +136,7 @@ fn bus_gc(retention: Option<Interval>) -> Outcome<i64> {
         None => bus::retention()?,
         Some(interval) => positive(&interval, "retention", 0.0)?,
     };
-    bus::table()?.gc(seconds, false)
+    bus::table()?.gc(seconds)
 }
 
 /// The seconds of an interval, refused below `least`.
@@ -235,9 +235,47 @@ fn imbus_version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
-/// Trigger function on imbus's own bus table: rows inserted by plain INSERT or COPY wake the worker at commit.
-#[pg_trigger]
-fn imbus_bus_inserted<'a>(_trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgHeapTuple<'a, impl WhoAllocated>>> {
-    super::wake::published();
-    Ok(None::<PgHeapTuple<'a, AllocatedByPostgres>>)
+/// Trigger function on the bus table, for each row inserted: notes its id for the worker (`ring`). Its result, which
+/// PostgreSQL ignores after the row is in, is a null pointer.
+#[pg_extern]
+fn imbus_bus_inserted(call: pg_sys::FunctionCallInfo) -> Outcome<i64> {
+    // SAFETY: PostgreSQL calls a trigger function with a TriggerData that lives as long as the call; whoever calls it
+    // otherwise gets an error first.
+    unsafe {
+        let context = (*call).context;
+        if context.is_null() || (*context).type_ != pg_sys::NodeTag::T_TriggerData {
+            return Err(report(
+                PgSqlErrorCode::ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED,
+                "imbus_bus_inserted() was not called as a trigger",
+                "",
+                "",
+            ));
+        }
+        let data = context.cast::<pg_sys::TriggerData>();
+        if let Some(id) = row_id((*(*data).tg_relation).rd_att, (*data).tg_trigtuple) {
+            super::ring::note(id);
+        }
+    }
+    Ok(0)
+}
+
+/// The id of a row of the bus table; None when the trigger hangs on a table without such a column.
+///
+/// SAFETY: a tuple and its descriptor.
+unsafe fn row_id(descriptor: pg_sys::TupleDesc, tuple: pg_sys::HeapTuple) -> Option<i64> {
+    // SAFETY: the caller's.
+    unsafe {
+        let column = pg_sys::SPI_fnumber(descriptor, c"id".as_ptr());
+        if column <= 0 {
+            return None;
+        }
+        let mut is_null = false;
+        let value = pg_sys::heap_getattr(tuple, column, descriptor, &mut is_null);
+        match pg_sys::SPI_gettypeid(descriptor, column) {
+            _ if is_null => None,
+            pg_sys::INT8OID => Some(value.value() as i64),
+            pg_sys::INT4OID => Some(i64::from(value.value() as i32)),
+            _ => None,
+        }
+    }
 }

@@ -182,7 +182,7 @@ impl Gateway {
             match payload::databases(&heard.payload) {
                 Ok(names) => {
                     for oid in names.iter().filter_map(|name| self.names.get(name)) {
-                        self.shared.wake_bus(*oid);
+                        self.shared.look_at_bus(*oid);
                     }
                 }
                 Err(error) if !self.malformed_logged => {

@@ -1,9 +1,11 @@
 //! The utility hook: lets DROP DATABASE, RENAME and copies through a served database (its workers leave, and stay out
 //! until the command ends), and tells the workers of what no trigger sees: extensions that come and go, COMMIT PREPARED.
 
+use super::datum::Text;
 use super::shared::{self, DatabaseState, RunnerState, Shared};
-use super::wake;
+use super::transaction::safely;
 use super::worker::{self, Waiting};
+use super::{ring, sql, wake};
 use pgrx::prelude::*;
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::Ordering;
@@ -35,8 +37,8 @@ enum Meaning {
     Extension,
     /// This database has a new owner.
     Owner(u32),
-    /// Rows may become visible without a commit of this session.
-    Visible,
+    /// This prepared transaction is committed: its rows become visible without a commit of their own session.
+    Finish(*const c_char),
 }
 
 #[pg_guard]
@@ -81,12 +83,11 @@ unsafe extern "C-unwind" fn utility(
             run();
             wake::owner_changed(database);
         }
-        Meaning::Visible => {
+        Meaning::Finish(name) => {
+            // SAFETY: a C string of the statement; a command of its own always runs inside a transaction.
+            ring::finishing(unsafe { prepared_numbers(name) });
             run();
-            if let Some(shared) = shared::get() {
-                shared.wake_bus(worker::database_oid());
-                shared.wake_jobs(worker::database_oid());
-            }
+            wake::enqueued();
         }
     }
 }
@@ -129,12 +130,43 @@ unsafe fn meaning(node: *mut pg_sys::Node) -> Meaning {
                     false => Meaning::Nothing,
                 }
             }
-            Tag::T_TransactionStmt => match (*node.cast::<pg_sys::TransactionStmt>()).kind {
-                pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED => Meaning::Visible,
-                _ => Meaning::Nothing,
-            },
+            Tag::T_TransactionStmt => {
+                let statement = &*node.cast::<pg_sys::TransactionStmt>();
+                match statement.kind {
+                    pg_sys::TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED => Meaning::Finish(statement.gid),
+                    _ => Meaning::Nothing,
+                }
+            }
             _ => Meaning::Nothing,
         }
+    }
+}
+
+/// The number of a prepared transaction of this database and those of its savepoints, as far as PostgreSQL keeps them in
+/// memory (64); the rows of further ones are found by the worker's look-out, not in the order of commits. Empty when
+/// there is no such transaction, which the command itself will say.
+///
+/// SAFETY: `name` is a C string.
+unsafe fn prepared_numbers(name: *const c_char) -> Vec<u32> {
+    if shared::get().is_none() || name.is_null() {
+        return Vec::new();
+    }
+    // SAFETY: the caller's; main thread, inside a transaction; the snapshot is for the query alone.
+    unsafe {
+        let name = CStr::from_ptr(name).to_string_lossy().into_owned();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+        let text = "SELECT transaction FROM pg_catalog.pg_prepared_xacts
+                     WHERE gid = $1 AND database = pg_catalog.current_database()";
+        let found = safely(|| sql::first(text, &[Text(name).into()], |row| row.get::<pg_sys::TransactionId>(1)));
+        pg_sys::PopActiveSnapshot();
+        let Ok(Some(Some(number))) = found else { return Vec::new() };
+        let mut numbers = vec![number.into_inner()];
+        let process = super::ffi::guarded(|| super::ffi::TwoPhaseGetDummyProc(number, false));
+        if !process.is_null() {
+            let count = usize::from((*process).subxidStatus.count);
+            numbers.extend((*process).subxids.xids.iter().take(count).map(|number| number.into_inner()));
+        }
+        numbers
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::result_large_err)] // pgrx's ErrorReport is large; errors are rare and end the statement.
 
+mod bookmark;
 mod bus;
 mod call;
 mod database;
@@ -17,11 +18,13 @@ mod launch;
 mod link;
 mod listen;
 mod report;
+mod ring;
 mod runner;
 mod shared;
 mod sql;
 mod stats;
 mod transaction;
+mod trigger;
 mod wake;
 mod worker;
 
@@ -39,6 +42,7 @@ pub extern "C-unwind" fn _PG_init() {
     wake::register();
     if preloaded {
         shared::request();
+        ring::request();
         hook::install();
         gateway::register();
     }

@@ -86,6 +86,8 @@ pub struct DatabaseSlot {
     pub process: Process,
     /// Something was published.
     pub wake: AtomicBool,
+    /// Odoo said by NOTIFY that it has published.
+    pub look: AtomicBool,
     /// A job was enqueued or has ended.
     pub jobs: AtomicBool,
     /// The extension may be gone.
@@ -360,8 +362,18 @@ impl Shared {
 
     /// Wakes the worker of a database: something was published there. Never fails.
     pub fn wake_bus(&self, oid: u32) {
+        if let Some(slot) = self.database(oid)
+            // Whoever set it before has woken the worker, which has not looked at the ring since.
+            && !slot.wake.swap(true, Ordering::AcqRel)
+        {
+            slot.process.wake();
+        }
+    }
+
+    /// Has the worker of a database look at its table. Never fails.
+    pub fn look_at_bus(&self, oid: u32) {
         if let Some(slot) = self.database(oid) {
-            slot.wake.store(true, Ordering::Release);
+            slot.look.store(true, Ordering::Release);
             slot.process.wake();
         }
     }

@@ -4,6 +4,7 @@ use super::report::Outcome;
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
 use pgrx::prelude::*;
+use std::ffi::CStr;
 use std::panic::AssertUnwindSafe;
 
 /// Why a transaction of a worker failed.
@@ -88,6 +89,22 @@ fn abort(error: CaughtError) -> Failure {
     }
 }
 
+/// Runs `work` in a savepoint that is rolled back when it has succeeded: its locks go, what it did to sequences stays.
+pub fn in_passing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: inside a transaction; as PL/pgSQL does for its EXCEPTION blocks (pl_exec.c). On ERROR the abort of the
+    // outer transaction ends the savepoint.
+    unsafe {
+        let (context, owner) = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::MemoryContextSwitchTo(context);
+        let result = work().unwrap_or_report();
+        pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+        Ok(result)
+    }
+}
+
 /// Runs `work` as another role, under SECURITY_RESTRICTED_OPERATION and with search_path `pg_catalog`, as autovacuum
 /// runs user-owned code. An ERROR inside restores everything with the (sub)transaction's abort.
 pub fn as_owner<T>(owner: pg_sys::Oid, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
@@ -99,25 +116,24 @@ pub fn as_owner<T>(owner: pg_sys::Oid, work: impl FnOnce() -> Outcome<T>) -> Out
 
 /// Runs `work` with search_path `pg_catalog`, so that no operator or function of a user's is called by mistake.
 pub fn safely<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-    // SAFETY: the nest level is closed below; on ERROR the abort closes it. Constant C strings.
-    let nest = unsafe {
-        let nest = pg_sys::NewGUCNestLevel();
-        pg_sys::set_config_option(
-            c"search_path".as_ptr(),
-            c"pg_catalog, pg_temp".as_ptr(),
-            pg_sys::GucContext::PGC_USERSET,
-            pg_sys::GucSource::PGC_S_SESSION,
-            pg_sys::GucAction::GUC_ACTION_SAVE,
-            true,
-            0,
-            false,
-        );
-        nest
-    };
+    // SAFETY: the nest level is closed below; on ERROR the abort closes it.
+    let nest = unsafe { pg_sys::NewGUCNestLevel() };
+    set(c"search_path", c"pg_catalog, pg_temp", pg_sys::GucAction::GUC_ACTION_SAVE);
     let result = work();
     // SAFETY: pairs with NewGUCNestLevel.
     unsafe { pg_sys::AtEOXact_GUC(false, nest) };
     result
+}
+
+/// Sets a setting of PostgreSQL's for the rest of the transaction.
+pub fn set_local(name: &CStr, value: &CStr) {
+    set(name, value, pg_sys::GucAction::GUC_ACTION_LOCAL);
+}
+
+fn set(name: &CStr, value: &CStr, action: pg_sys::GucAction::Type) {
+    let (context, source) = (pg_sys::GucContext::PGC_USERSET, pg_sys::GucSource::PGC_S_SESSION);
+    // SAFETY: inside a transaction, main thread; C strings.
+    unsafe { pg_sys::set_config_option(name.as_ptr(), value.as_ptr(), context, source, action, true, 0, false) };
 }
 
 /// The user before a switch; restored when dropped.

@@ -1,21 +1,16 @@
-//! What a committing transaction tells the workers: flags kept while it runs, acted on after its commit, when its rows
-//! are visible. A rolled-back savepoint may leave a flag set; a needless wake-up does no harm.
+//! What a committing transaction tells the workers: the ids it wrote (`ring`) and flags kept while it runs, acted on
+//! after its commit, when its rows are visible. A rolled-back savepoint may leave a flag set; a needless wake-up does no
+//! harm.
 
-use super::shared;
+use super::{ring, shared};
 use pgrx::prelude::*;
 use std::cell::Cell;
 
 thread_local! {
-    static PUBLISHED: Cell<bool> = const { Cell::new(false) };
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
     static OWNER: Cell<u32> = const { Cell::new(0) };
-}
-
-/// The running transaction has published to the bus of this database.
-pub fn published() {
-    PUBLISHED.set(true);
 }
 
 /// The running transaction has enqueued or changed a job of this database.
@@ -38,10 +33,30 @@ pub fn holding() {
     HOLDING.set(true);
 }
 
-/// Registers the callback, once in the life of a process.
+/// Registers the callbacks, once in the life of a process.
 pub fn register() {
-    // SAFETY: main thread, `_PG_init`; the callback is a plain function without state.
-    unsafe { pg_sys::RegisterXactCallback(Some(at_end), std::ptr::null_mut()) };
+    // SAFETY: main thread, `_PG_init`; the callbacks are plain functions without state.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(at_end), std::ptr::null_mut());
+        pg_sys::RegisterSubXactCallback(Some(at_savepoint), std::ptr::null_mut());
+    }
+}
+
+/// Runs when a savepoint is released or rolled back, while its level is still the current one.
+unsafe extern "C-unwind" fn at_savepoint(
+    event: pg_sys::SubXactEvent::Type,
+    _savepoint: pg_sys::SubTransactionId,
+    _parent: pg_sys::SubTransactionId,
+    _arg: *mut std::ffi::c_void,
+) {
+    use pg_sys::SubXactEvent::{SUBXACT_EVENT_ABORT_SUB, SUBXACT_EVENT_COMMIT_SUB};
+    // SAFETY: a plain read of this session's state.
+    let level = u32::try_from(unsafe { pg_sys::GetCurrentTransactionNestLevel() }).unwrap_or(1);
+    match event {
+        SUBXACT_EVENT_COMMIT_SUB => ring::release_savepoint(level),
+        SUBXACT_EVENT_ABORT_SUB => ring::abort_savepoint(level),
+        _ => {}
+    }
 }
 
 /// Runs inside CommitTransaction, where an ERROR would be a PANIC: only atomics and SetLatch, no allocation.
@@ -52,15 +67,21 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
     }
     match event {
         XACT_EVENT_COMMIT => {
-            let (published, enqueued, extension) = (PUBLISHED.take(), ENQUEUED.take(), EXTENSION.take());
+            // SAFETY: a plain global.
+            let database = u32::from(unsafe { pg_sys::MyDatabaseId });
+            let published = ring::committed(database);
+            let (enqueued, extension) = (ENQUEUED.take(), EXTENSION.take());
             if published || enqueued || extension {
-                tell(published, enqueued, extension);
+                tell(database, published, enqueued, extension);
             }
             recheck(OWNER.take());
         }
-        // A prepared transaction's rows are found by the worker's own look-out (database.rs) or by COMMIT PREPARED.
         XACT_EVENT_ABORT | XACT_EVENT_PARALLEL_ABORT | XACT_EVENT_PREPARE => {
-            PUBLISHED.set(false);
+            if event == XACT_EVENT_PREPARE {
+                // SAFETY: a plain global.
+                ring::prepared(u32::from(unsafe { pg_sys::MyDatabaseId }));
+            }
+            ring::forget();
             ENQUEUED.set(false);
             EXTENSION.set(false);
             OWNER.set(0);
@@ -86,10 +107,8 @@ fn release() {
     }
 }
 
-fn tell(published: bool, enqueued: bool, extension: bool) {
+fn tell(database: u32, published: bool, enqueued: bool, extension: bool) {
     let Some(shared) = shared::get() else { return };
-    // SAFETY: a plain global.
-    let database = u32::from(unsafe { pg_sys::MyDatabaseId });
     if published {
         shared.wake_bus(database);
     }

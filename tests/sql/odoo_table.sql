@@ -2,8 +2,11 @@
 BEGIN;
 CREATE TABLE public.bus_bus (id serial PRIMARY KEY, create_uid int, write_uid int, channel varchar, message varchar,
                              create_date timestamp, write_date timestamp);
-SELECT bus_sendone('broadcast', 't', '{"to": "Odoo"}');
-SELECT id, replace(channel, current_database(), 'db') AS channel, message, create_uid,
+-- Its ids go on above those given out before.
+SELECT last_value AS given_out FROM imbus_bus_id_seq \gset
+SELECT bus_sendone('broadcast', 't', '{"to": "Odoo"}') AS id \gset
+SELECT :id > :given_out AS goes_on;
+SELECT id = :id AS same, replace(channel, current_database(), 'db') AS channel, message, create_uid,
        create_date = now() AT TIME ZONE 'UTC' AS stamped FROM public.bus_bus;
 SELECT message FROM bus_poll('["broadcast"]');
 SELECT count(*) FROM imbus_bus;

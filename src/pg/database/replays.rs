@@ -1,0 +1,118 @@
+//! Answers to clients that come back, page by page, each when the gateway asks for it.
+
+use super::Database;
+use super::reading::notification;
+use crate::core::channel::Channel;
+use crate::core::link::Event;
+use crate::core::notification::Notification;
+use crate::core::replay::{PAGE, Replay, Step};
+use crate::pg::bus::{RawRow, Scope};
+use crate::pg::transaction::{self, Failure};
+use crate::pg::worker;
+use std::collections::HashSet;
+
+/// Bytes of messages in one page; one more message may go over it.
+const PAGE_BYTES: usize = 1 << 20;
+/// Steps made for one page, however little they find: others are waiting.
+const STEPS: usize = 16;
+
+/// An answer under way.
+pub struct Answer {
+    channels: HashSet<Channel>,
+    replay: Replay,
+    /// The last id the client was sent, at first the one it said.
+    last: i64,
+}
+
+impl Answer {
+    /// The journal's first entry that it may still need.
+    pub fn needs(&self) -> u64 {
+        self.replay.needs()
+    }
+}
+
+impl Database {
+    /// Begins an answer. Rows not dispatched yet come to the client as to everybody.
+    pub(super) fn recover(&mut self, request: u64, channels: Vec<Channel>, last: i64) {
+        self.dispatch();
+        // Without a position there is nothing to answer by: break the link, the gateway asks again.
+        let Some(replay) = self.plan(&channels, last) else { return self.hang_up() };
+        self.replays.insert(request, Answer { channels: channels.into_iter().collect(), replay, last });
+        self.go_on(request);
+    }
+
+    fn plan<'a>(&self, channels: impl IntoIterator<Item = &'a Channel>, last: i64) -> Option<Replay> {
+        let tracker = self.tracker.as_ref()?;
+        let fingerprints = channels.into_iter().map(Channel::fingerprint).collect();
+        Some(Replay::new(tracker, &self.history, last, fingerprints, worker::now()))
+    }
+
+    /// Sends the next page of an answer.
+    pub(super) fn go_on(&mut self, request: u64) {
+        let Some(mut answer) = self.replays.remove(&request) else { return };
+        worker::report_activity(Some("replaying notifications"));
+        match self.page(&mut answer) {
+            Ok((notifications, more)) => {
+                if more {
+                    self.replays.insert(request, answer);
+                }
+                self.send(&Event::Recovered { request, notifications, more });
+            }
+            Err(failure) => {
+                pgrx::warning!("imbus could not replay the bus of database \"{}\": {failure}", self.name);
+                // The client is better served by a new attempt than by a silent hole: break the link, ask again.
+                self.hang_up();
+            }
+        }
+    }
+
+    /// The next page, and whether there is more to come.
+    fn page(&self, answer: &mut Answer) -> Result<(Vec<Notification>, bool), Failure> {
+        let (mut found, mut bytes) = (Vec::new(), 0);
+        for _ in 0..STEPS {
+            let Some(rows) = self.next_rows(answer)? else { return Ok((found, false)) };
+            for row in rows {
+                let Some(bus) = &self.bus else { continue };
+                let Ok(notification) = notification(row, bus) else { continue };
+                if answer.channels.contains(&notification.channel) {
+                    bytes += notification.message.len();
+                    answer.last = notification.id;
+                    found.push(notification);
+                }
+            }
+            if found.len() >= PAGE || bytes >= PAGE_BYTES {
+                break;
+            }
+        }
+        Ok((found, true))
+    }
+
+    /// The rows of one step; None at the end.
+    fn next_rows(&self, answer: &mut Answer) -> Result<Option<Vec<RawRow>>, Failure> {
+        let Some(tracker) = &self.tracker else { return Ok(None) };
+        let scope = if answer.replay.recent { Scope::Recent } else { Scope::All };
+        match answer.replay.next(tracker) {
+            Step::Done => Ok(None),
+            Step::Lost => {
+                if let Some(replay) = self.plan(&answer.channels, answer.last) {
+                    answer.replay = replay;
+                }
+                Ok(Some(Vec::new()))
+            }
+            Step::Among(ids) => Ok(Some(transaction::run(|| self.same_table()?.among(&ids, scope))?)),
+            Step::Within(ranges) => {
+                let mut rows = transaction::run(|| self.same_table()?.within(&ranges, scope))?;
+                rows.retain(|row| answer.replay.owes_from_table(tracker, row.id));
+                answer.replay.scanned(tracker, None);
+                Ok(Some(rows))
+            }
+            Step::Above(id) => {
+                let mut rows = transaction::run(|| self.same_table()?.above(id, PAGE as i64, scope))?;
+                let end = rows.last().map(|row| row.id).filter(|_| rows.len() == PAGE);
+                rows.retain(|row| answer.replay.owes_from_table(tracker, row.id));
+                answer.replay.scanned(tracker, end);
+                Ok(Some(rows))
+            }
+        }
+    }
+}
