@@ -10,6 +10,7 @@ use crate::core::json;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 
+mod insert;
 mod rows;
 pub use rows::{RawRow, Scope, retention};
 
@@ -149,6 +150,24 @@ fn still_right(found: &Found) -> bool {
     found.odoo == odoo_now() && owner(found.bus.relid) == Some(found.bus.owner)
 }
 
+/// INSERT as the table's owner, with whatever triggers and rules a user has put on the table.
+fn insert_by_sql(bus: &Bus, channel: &str, message: String) -> Outcome<i64> {
+    let insert = format!(
+        "INSERT INTO {} (channel, message, create_date, write_date)
+         VALUES ($1, $2, pg_catalog.now() AT TIME ZONE 'UTC', pg_catalog.now() AT TIME ZONE 'UTC') RETURNING id::bigint",
+        bus.name
+    );
+    let args = [Text(channel.to_owned()).into(), Text(message).into()];
+    as_owner(bus.owner, || sql::first(&insert, &args, |row| row.need::<i64>(1)))?.ok_or_else(|| {
+        report(
+            PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
+            "the notification was not stored",
+            &format!("A trigger on {} suppressed it.", bus.name),
+            "",
+        )
+    })
+}
+
 /// Publishes in the current transaction: the id of the new row.
 ///
 /// `kind` is the notification's type, `payload` its payload as JSON text.
@@ -156,20 +175,10 @@ pub fn publish(channel: &Channel, kind: &str, payload: &str) -> Outcome<i64> {
     let bus = table()?;
     let message = format!(r#"{{"type":{},"payload":{}}}"#, json::string(kind), json::compact(payload)?);
     let stored = channel.stored(&bus.database);
-    let insert = format!(
-        "INSERT INTO {} (channel, message, create_date, write_date)
-         VALUES ($1, $2, pg_catalog.now() AT TIME ZONE 'UTC', pg_catalog.now() AT TIME ZONE 'UTC') RETURNING id::bigint",
-        bus.name
-    );
-    let args = [Text(stored.clone()).into(), Text(message).into()];
-    let id = as_owner(bus.owner, || sql::first(&insert, &args, |row| row.need::<i64>(1)))?.ok_or_else(|| {
-        report(
-            PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
-            "the notification was not stored",
-            &format!("A trigger on {} suppressed it.", bus.name),
-            "",
-        )
-    })?;
+    let id = match insert::insert(&bus, &stored, &message)? {
+        Some(id) => id,
+        None => insert_by_sql(&bus, &stored, message)?,
+    };
     if shared::get().is_some() {
         // Where the table has its trigger, that has noted the id already.
         if !ring::is_noted(id) {

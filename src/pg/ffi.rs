@@ -1,5 +1,5 @@
 //! What pgrx does not bind on all of PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
-//! tcop/tcopprot.h, access/twophase.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
+//! tcop/tcopprot.h, access/twophase.h, commands/sequence.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
 //! as a Rust panic instead of jumping over Rust frames.
 
 use pgrx::pg_sys;
@@ -21,6 +21,7 @@ unsafe extern "C-unwind" {
     pub static mut PqCommMethods: *const CommMethods;
     pub static mut notifyInterruptPending: c_int;
     pub fn TwoPhaseGetDummyProc(xid: pg_sys::TransactionId, lock_held: bool) -> *mut pg_sys::PGPROC;
+    pub fn nextval_internal(sequence: pg_sys::Oid, check_permissions: bool) -> i64;
     pub fn Async_Listen(channel: *const c_char);
     pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
     pub fn ProcessNotifyInterrupt(flush: bool);
@@ -37,4 +38,33 @@ unsafe extern "C-unwind" {
 pub unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
     // SAFETY: the caller's.
     unsafe { pg_sys::submodules::ffi::pg_guard_ffi_boundary(call) }
+}
+
+/// A column of a tuple descriptor, counted from 0 (the macro TupleDescAttr of access/tupdesc.h, a function since 18).
+///
+/// # Safety
+/// A valid descriptor with so many columns.
+pub unsafe fn attribute(descriptor: pg_sys::TupleDesc, index: c_int) -> *const pg_sys::FormData_pg_attribute {
+    // SAFETY: the caller's.
+    unsafe {
+        #[cfg(feature = "pg18")]
+        let column = pg_sys::TupleDescAttr(descriptor, index);
+        #[cfg(not(feature = "pg18"))]
+        let column = (*descriptor).attrs.as_ptr().add(usize::try_from(index).unwrap_or(0));
+        column
+    }
+}
+
+/// The cells of a list.
+///
+/// # Safety
+/// A valid list or NULL.
+pub unsafe fn cells<'a>(list: *mut pg_sys::List) -> &'a [pg_sys::ListCell] {
+    // SAFETY: a list's elements are `length` cells.
+    unsafe {
+        match list.as_ref() {
+            Some(list) => std::slice::from_raw_parts(list.elements, usize::try_from(list.length).unwrap_or(0)),
+            None => &[],
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //! until the command ends), and tells the workers of what no trigger sees: extensions that come and go, COMMIT PREPARED.
 
 use super::datum::Text;
+use super::ffi::cells;
 use super::shared::{self, DatabaseState, RunnerState, Shared};
 use super::transaction::safely;
 use super::worker::{self, Waiting};
@@ -199,19 +200,6 @@ unsafe fn drops(statement: &pg_sys::DropStmt) -> Meaning {
 unsafe fn value(node: *mut pg_sys::Node) -> *const c_char {
     // SAFETY: the caller's; the struct has been the same since PostgreSQL 15.
     unsafe { (*node.cast::<pg_sys::String>()).sval }
-}
-
-/// The cells of a list.
-///
-/// SAFETY: a valid list or NULL.
-unsafe fn cells<'a>(list: *mut pg_sys::List) -> &'a [pg_sys::ListCell] {
-    // SAFETY: a list's elements are `length` cells.
-    unsafe {
-        match list.as_ref() {
-            Some(list) => std::slice::from_raw_parts(list.elements, usize::try_from(list.length).unwrap_or(0)),
-            None => &[],
-        }
-    }
 }
 
 /// SAFETY: `name` is a C string.
