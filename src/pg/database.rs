@@ -59,6 +59,10 @@ struct Database {
     intake: Intake,
     /// The table is to be looked at, whatever the ring says.
     look_due: bool,
+    /// Something in the ring was lost.
+    is_overrun: bool,
+    /// How far the table was looked through for it.
+    behind: Option<i64>,
     /// What the first look finds may have been dispatched by an earlier worker.
     is_catching_up: bool,
     last_look: Instant,
@@ -168,6 +172,8 @@ impl Database {
             reader: Reader::default(),
             intake: Intake::default(),
             look_due: true,
+            is_overrun: false,
+            behind: None,
             is_catching_up: true,
             last_look: now,
             next_look: now,

@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 /// that restarts or is held up still finds them. When it does not, only the order is lost: the table has the rows.
 const ENTRIES: usize = 1 << 17;
 
+/// Ranges that one transaction announces one by one; the worker looks for more of them by its number.
+const RANGES: usize = ENTRIES / 16;
+
 /// The ring.
 pub type Shared = Ring<AtomicU64, ENTRIES>;
 
@@ -114,6 +117,10 @@ pub fn committed(database: u32) -> bool {
     let any = WRITTEN.with_borrow(|written| {
         let ranges = written.ranges();
         let count = ranges.len();
+        if count > RANGES {
+            append_numbers(ring, database);
+            return true;
+        }
         ring.append(ranges.enumerate().map(|(at, (first, last))| {
             let kind = if at + 1 == count { Kind::Committed } else { Kind::Part };
             Entry { database, kind, first, last }
@@ -127,6 +134,27 @@ pub fn committed(database: u32) -> bool {
     });
     forget();
     any || finished
+}
+
+/// A transaction of very many ranges is announced by its number and those of its savepoints. At this time PostgreSQL
+/// still has them.
+fn append_numbers(ring: &Shared, database: u32) {
+    let entry = |number: pg_sys::TransactionId| Entry {
+        database,
+        kind: Kind::Finished,
+        first: i64::from(number.into_inner()),
+        last: 0,
+    };
+    // SAFETY: the list belongs to the transaction, which is ended after this.
+    let children = unsafe {
+        let mut list = std::ptr::null_mut();
+        let count = usize::try_from(pg_sys::xactGetCommittedChildren(&mut list)).unwrap_or(0).min(RANGES);
+        if list.is_null() { &[][..] } else { std::slice::from_raw_parts(list, count) }
+    };
+    // SAFETY: a plain read of this session's state.
+    let top = unsafe { pg_sys::GetTopTransactionIdIfAny() };
+    ring.append([top].into_iter().map(entry));
+    ring.append(children.iter().copied().map(entry));
 }
 
 /// The transaction was prepared: its ids are waited for until somebody ends it.

@@ -290,6 +290,11 @@ pub fn kill_9(pid: i32) {
     assert!(signal(pid, libc::SIGKILL), "process {pid}");
 }
 
+/// Sends a signal to one process of a private cluster.
+pub fn signal_to(pid: i32, number: i32) {
+    assert!(signal(pid, number), "process {pid}");
+}
+
 /// Sends a signal to one process of a private cluster; whether it could.
 fn signal(pid: i32, signal: i32) -> bool {
     // SAFETY: no memory is touched; the pid was just read from the cluster itself.
@@ -465,5 +470,131 @@ impl Socket {
                 }
             }
         }
+    }
+}
+
+/// Odoo's table, as Odoo 18 makes it.
+pub const ODOO_TABLE: &str = "CREATE TABLE public.bus_bus (id serial PRIMARY KEY, create_uid int, write_uid int,
+     channel varchar, message varchar, create_date timestamp, write_date timestamp)";
+
+/// Publishes on a plain channel; the id.
+pub fn publish(sql: &mut Client, channel: &str, payload: &str) -> i64 {
+    sql.query_one("SELECT bus_sendone($1::text, 'test', to_jsonb($2::text))", &[&channel, &payload]).unwrap().get(0)
+}
+
+/// Waits until `condition` holds, as long as the contract allows (never less than it promises).
+pub fn within(promised: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + promised;
+    while !condition() {
+        assert!(Instant::now() < until, "not within {promised:?}: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A client as Odoo's: it remembers the last id of its last frame, and comes back with it whenever its connection ends.
+pub struct Follower {
+    port: u16,
+    token: String,
+    channels: Value,
+    /// The id of the last notification of the last frame.
+    pub last: i64,
+    /// What has come, in its order: ids and payloads.
+    pub found: Vec<(i64, Value)>,
+    socket: Option<Socket>,
+}
+
+impl Follower {
+    /// A client with a token for these channels, subscribed.
+    pub fn open(cluster: &Cluster, sql: &mut Client, channels: Value, last: i64) -> Follower {
+        let (port, token) = (cluster.ws_port(sql), token(sql, &channels));
+        let mut follower = Follower { port, token, channels, last, found: Vec::new(), socket: None };
+        eventually("the follower is let in", || follower.connect());
+        if let Some(socket) = &mut follower.socket {
+            socket.sync(sql);
+        }
+        follower
+    }
+
+    /// The same client at another server, with what it knows.
+    pub fn moved_to(mut self, port: u16) -> Follower {
+        (self.port, self.socket) = (port, None);
+        self
+    }
+
+    /// Ends its connection; it comes back when it is asked to read.
+    pub fn drop_connection(&mut self) {
+        self.socket = None;
+    }
+
+    fn connect(&mut self) -> bool {
+        let path = format!("/websocket?version=18.0-7&token={}", self.token);
+        self.socket = Socket::open_path(self.port, &path, &[]).ok().and_then(|mut socket| {
+            socket.is_let_in().then(|| {
+                socket.subscribe(self.channels.clone(), self.last);
+                socket
+            })
+        });
+        self.socket.is_some()
+    }
+
+    /// Reads one frame, or comes back; false when there was nothing to do.
+    fn step(&mut self) -> bool {
+        let Some(socket) = &mut self.socket else { return self.connect() };
+        let _ = socket.ws.get_ref().set_read_timeout(Some(Duration::from_millis(50)));
+        match socket.ws.read() {
+            Ok(Message::Text(frame)) => {
+                let list: Vec<Value> = serde_json::from_str(&frame).expect("a frame is an array");
+                for notification in list {
+                    self.last = notification["id"].as_i64().unwrap();
+                    self.found.push((self.last, notification["message"]["payload"].clone()));
+                }
+                true
+            }
+            Ok(Message::Close(_)) => self.lose(),
+            Ok(_) => true,
+            Err(tungstenite::Error::Io(e)) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => false,
+            Err(_) => self.lose(),
+        }
+    }
+
+    fn lose(&mut self) -> bool {
+        self.socket = None;
+        false
+    }
+
+    /// Whether this payload has come.
+    pub fn has(&self, payload: &str) -> bool {
+        self.found.iter().any(|(_, found)| found == payload)
+    }
+
+    /// The payloads that have come, in their order.
+    pub fn payloads(&self) -> Vec<String> {
+        self.found.iter().filter_map(|(_, payload)| payload.as_str().map(str::to_owned)).collect()
+    }
+
+    /// Reads, and comes back as often as it must, until `enough`; whether it was in time.
+    pub fn try_until(&mut self, mut enough: impl FnMut(&Follower) -> bool) -> bool {
+        let until = Instant::now() + PATIENCE;
+        while !enough(self) {
+            if Instant::now() > until {
+                return false;
+            }
+            if !self.step() {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        true
+    }
+
+    /// The same; panics when it was not.
+    pub fn until(&mut self, what: &str, enough: impl FnMut(&Follower) -> bool) {
+        let came = self.try_until(enough);
+        let last = &self.found[self.found.len().saturating_sub(20)..];
+        assert!(came, "not in {PATIENCE:?}: {what}; the last of what came: {last:?}");
+    }
+
+    /// Reads until all these payloads have come.
+    pub fn reads(&mut self, payloads: &[&str]) {
+        self.until(&format!("{payloads:?} came"), |follower| payloads.iter().all(|payload| follower.has(payload)));
     }
 }

@@ -26,6 +26,8 @@ const PART: usize = 1 << 20;
 const FAR: i64 = 10_000;
 /// Rows found by a look, not in the ring, are told apart by the transaction that wrote them: numbers no ring gives.
 const UNANNOUNCED: u64 = 1 << 63;
+/// Ample time for a committed transaction to append to the ring.
+const APPEND: Duration = Duration::from_millis(20);
 /// After a failed read.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -65,6 +67,10 @@ impl Database {
         if !self.begun()? {
             return Ok(false);
         }
+        if self.is_overrun {
+            self.look_behind()?;
+            return Ok(true);
+        }
         let next = self.intake.next(PAGE);
         match &next {
             Next::Rows(rows) => self.read(rows)?,
@@ -93,9 +99,7 @@ impl Database {
                 whole &= intake.push(index, entry);
             }
         });
-        if !read || !whole {
-            self.look_due = true;
-        }
+        self.is_overrun |= !read || !whole;
         if let (Some(tracker), Some(bus)) = (&mut self.tracker, &self.bus) {
             promised.into_iter().for_each(|range| tracker.promised(range, || bus.holders()));
         }
@@ -127,7 +131,7 @@ impl Database {
         self.last_look = Instant::now();
         // Whoever ended before the snapshot is taken is seen by it.
         let before = bus.holders();
-        let (rows, more) = self.unannounced()?;
+        let (rows, more) = self.unannounced(None)?;
         while let next @ (Next::Rows(_) | Next::Finished(_)) = self.intake.next(PAGE) {
             if !self.can_send() {
                 return Ok(());
@@ -144,8 +148,8 @@ impl Database {
         self.hand_on(rows);
         let Some(tracker) = &mut self.tracker else { return Ok(()) };
         tracker.settle(&before);
-        self.look_due = more;
-        if !more && std::mem::take(&mut self.is_catching_up) {
+        self.look_due = more.is_some();
+        if more.is_none() && std::mem::take(&mut self.is_catching_up) {
             tracker.journal.begin_exact();
         }
         let gaps = u32::try_from(tracker.gaps()).unwrap_or(u32::MAX);
@@ -155,33 +159,61 @@ impl Database {
         Ok(())
     }
 
-    /// Looks for the rows of a prepared transaction that was committed at this place in the order of commits.
+    /// Looks for the rows of a transaction that was committed at this place in the order of commits: a prepared one, or
+    /// one too long for the ring.
     fn look_for(&mut self, number: u32) -> Result<(), Failure> {
-        let (rows, _) = self.unannounced()?;
-        let (mine, others): (Vec<Found>, Vec<Found>) = rows.into_iter().partition(|(row, _)| row.xmin == number);
-        self.look_due |= !others.is_empty();
-        self.hand_on(mine);
+        let mut from = None;
+        loop {
+            let (rows, next) = self.unannounced(from)?;
+            let (mine, others): (Vec<Found>, Vec<Found>) = rows.into_iter().partition(|(row, _)| row.xmin == number);
+            self.look_due |= !others.is_empty();
+            self.hand_on(mine);
+            from = next;
+            if from.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Entries of the ring were overwritten before they were read. What they announced is older than all that the ring
+    /// has now, so it goes first: what is visible and not in the ring, once those who have just committed have had the
+    /// time to come into it.
+    fn look_behind(&mut self) -> Result<(), Failure> {
+        let (mut rows, next) = self.unannounced(self.behind)?;
+        std::thread::sleep(APPEND);
+        self.drain();
+        let queued = self.intake.holds(&rows.iter().map(|(row, _)| row.id).collect::<Vec<_>>());
+        let mut queued = queued.into_iter();
+        rows.retain(|_| !queued.next().unwrap_or(false));
+        self.behind = next;
+        self.is_overrun = next.is_some();
+        self.look_due = true;
+        self.hand_on(rows);
         Ok(())
     }
 
-    /// Visible rows that were not dispatched and are not in the ring so far, by id; and whether there may be more.
-    fn unannounced(&mut self) -> Result<(Vec<Found>, bool), Failure> {
-        let Some(tracker) = &self.tracker else { return Ok((Vec::new(), false)) };
-        let (gaps, high) = (tracker.ranges(), tracker.high());
+    /// Visible rows that were not dispatched and are not in the ring so far: those of gaps and a page of new ones, or the
+    /// page of new ones above `from`. And where the next page begins, if there may be one.
+    fn unannounced(&mut self, from: Option<i64>) -> Result<(Vec<Found>, Option<i64>), Failure> {
+        let Some(tracker) = &self.tracker else { return Ok((Vec::new(), None)) };
+        let gaps = if from.is_none() { tracker.ranges() } else { Vec::new() };
+        let from = from.unwrap_or_else(|| tracker.high());
         let rows = transaction::run_in_one_snapshot(|| {
             let bus = self.same_table()?;
             let late = bus.within(&gaps, Scope::All)?;
-            let new = bus.drawn_above(high, PAGE as i64)?;
-            Ok((new.len() == PAGE, late.into_iter().chain(new).collect::<Vec<_>>()))
+            let new = bus.drawn_above(from, PAGE as i64)?;
+            let next = new.last().map(|row| row.id).filter(|_| new.len() == PAGE);
+            Ok((late.into_iter().chain(new).collect::<Vec<_>>(), next))
         });
-        let (more, rows) = rows?;
+        let (rows, next) = rows?;
         self.drain();
         let queued = self.intake.holds(&rows.iter().map(|row| row.id).collect::<Vec<_>>());
         let unknown = rows.into_iter().zip(queued).filter(|(_, queued)| !queued);
-        Ok((
-            unknown.map(|(row, _)| (UNANNOUNCED | u64::from(row.xmin), row)).map(|(key, row)| (row, key)).collect(),
-            more,
-        ))
+        let found = unknown.map(|(row, _)| {
+            let transaction = UNANNOUNCED | u64::from(row.xmin);
+            (row, transaction)
+        });
+        Ok((found.collect(), next))
     }
 
     /// The table in force, if it is still the one that the bookkeeping is about; otherwise an error that makes the
