@@ -3,7 +3,6 @@
 use super::bus::Bus;
 use super::report::Outcome;
 use super::sql;
-use super::transaction::as_owner;
 use crate::core::position::{History, Position};
 use pgrx::prelude::*;
 
@@ -14,8 +13,8 @@ impl Bus {
     /// Which table the newest bookmark is about, and its greatest id. Asked of imbus's own table.
     pub fn last_bookmarked(&self) -> Outcome<Option<(pg_sys::Oid, i64)>> {
         let text = format!("SELECT bus, high FROM {} ORDER BY id DESC LIMIT 1", self.bookmarks());
-        let read = |row: &sql::Row<'_>| Ok((row.get(1)?.unwrap_or(pg_sys::InvalidOid), row.need(2)?));
-        as_owner(self.owner(), || sql::first(&text, &[], read))
+        let read = |row: &sql::Row| Ok((row.get(1)?.unwrap_or(pg_sys::InvalidOid), row.need(2)?));
+        self.as_owner(|| sql::first(&text, &[], read))
     }
 
     /// The bookmarks of the last `seconds` of whatever table was in force: ids go on from one to the next. And one more
@@ -29,7 +28,7 @@ impl Bus {
             self.bookmarks()
         );
         let mut history = History::default();
-        let rows = as_owner(self.owner(), || {
+        let rows = self.as_owner(|| {
             sql::rows(&text, &[seconds.into()], |row| {
                 let bounds = row.get::<Vec<Option<i64>>>(4)?.unwrap_or_default();
                 let bounds: Vec<i64> = bounds.into_iter().flatten().collect();
@@ -51,7 +50,7 @@ impl Bus {
         );
         let gaps: Vec<i64> = position.gaps.iter().flat_map(|(low, high)| [*low, *high]).collect();
         let args = [ago.into(), pg_sys::Oid::from(position.table).into(), position.high.into(), gaps.into()];
-        as_owner(self.owner(), || sql::execute(&text, &args))?;
+        self.as_owner(|| sql::execute(&text, &args))?;
         Ok(())
     }
 
@@ -66,7 +65,7 @@ impl Bus {
             ),
         };
         let args: Vec<_> = seconds.into_iter().map(Into::into).collect();
-        as_owner(self.owner(), || sql::execute(&text, &args))?;
+        self.as_owner(|| sql::execute(&text, &args))?;
         Ok(())
     }
 }

@@ -3,16 +3,17 @@
 
 use super::datum::Text;
 use super::report::{Outcome, report};
-use super::transaction::{as_owner, in_passing, safely};
+use super::transaction::{in_passing, safely};
 use super::{guc, listen, ring, shared, sql};
 use crate::core::channel::Channel;
 use crate::core::json;
 use pgrx::prelude::*;
 use std::cell::RefCell;
+use std::ffi::CStr;
 
 mod insert;
 mod rows;
-pub use rows::{RawRow, Scope, retention};
+pub use rows::{Moved, RawRow, Scope, retention};
 
 /// The bus table of this database, or a table that might be it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +32,6 @@ pub struct Bus {
     pub is_odoo: bool,
 }
 
-/// The advisory lock of who sets a sequence: "imbus" in ASCII.
-const ADVANCING: i64 = 0x69_6d62_7573;
-
 /// Ids left out when the bus moves to another table, for those who have one from the old table still in hand.
 const MARGIN: i64 = 1000;
 
@@ -43,6 +41,7 @@ struct Found {
     bus: Bus,
     /// Whatever is called public.bus_bus, and its owner.
     odoo: (pg_sys::Oid, pg_sys::Oid),
+    database_owner: pg_sys::Oid,
 }
 
 thread_local! {
@@ -113,11 +112,11 @@ pub fn table() -> Outcome<Bus> {
     if let Some(found) = known.filter(still_right) {
         return Ok(found.bus);
     }
-    let odoo = odoo_now();
+    let (odoo, database_owner) = (odoo_now(), database_owner());
     let (own, candidate) = candidates()?;
     let bus = candidate.unwrap_or_else(|| own.clone());
     bus.go_on_from(&own)?;
-    FOUND.set(Some(Found { bus: bus.clone(), odoo }));
+    FOUND.set(Some(Found { bus: bus.clone(), odoo, database_owner }));
     Ok(bus)
 }
 
@@ -145,9 +144,43 @@ fn owner(relid: pg_sys::Oid) -> Option<pg_sys::Oid> {
     }
 }
 
+/// The qualified name of a table.
+pub fn name(relid: pg_sys::Oid) -> Option<String> {
+    // SAFETY: cache look-ups inside a transaction; the names are palloc'd copies.
+    unsafe {
+        let (schema, table) =
+            (pg_sys::get_namespace_name(pg_sys::get_rel_namespace(relid)), pg_sys::get_rel_name(relid));
+        if schema.is_null() || table.is_null() {
+            return None;
+        }
+        let name = CStr::from_ptr(pg_sys::quote_qualified_identifier(schema, table)).to_string_lossy().into_owned();
+        pg_sys::pfree(schema.cast());
+        pg_sys::pfree(table.cast());
+        Some(name)
+    }
+}
+
+/// The owner of this database.
+fn database_owner() -> pg_sys::Oid {
+    // SAFETY: a cache look-up inside a transaction; the tuple is released before it is left.
+    unsafe {
+        let tuple =
+            pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::DATABASEOID as i32, pg_sys::MyDatabaseId.into());
+        if tuple.is_null() {
+            return pg_sys::InvalidOid;
+        }
+        let owner = (*pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>()).datdba;
+        pg_sys::ReleaseSysCache(tuple);
+        owner
+    }
+}
+
 /// Whether the table found is what `table` would find again.
 fn still_right(found: &Found) -> bool {
-    found.odoo == odoo_now() && owner(found.bus.relid) == Some(found.bus.owner)
+    found.odoo == odoo_now()
+        && found.database_owner == database_owner()
+        && owner(found.bus.relid) == Some(found.bus.owner)
+        && name(found.bus.relid).as_ref() == Some(&found.bus.name)
 }
 
 /// INSERT as the table's owner, with whatever triggers and rules a user has put on the table.
@@ -158,7 +191,7 @@ fn insert_by_sql(bus: &Bus, channel: &str, message: String) -> Outcome<i64> {
         bus.name
     );
     let args = [Text(channel.to_owned()).into(), Text(message).into()];
-    as_owner(bus.owner, || sql::first(&insert, &args, |row| row.need::<i64>(1)))?.ok_or_else(|| {
+    bus.as_owner(|| sql::first(&insert, &args, |row| row.need::<i64>(1)))?.ok_or_else(|| {
         report(
             PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
             "the notification was not stored",
@@ -211,8 +244,8 @@ impl Bus {
         }
         // One at a time, or a sequence could be set back.
         in_passing(|| {
-            let lock = "SELECT pg_catalog.pg_advisory_xact_lock($1::bigint)";
-            safely(|| sql::first(lock, &[ADVANCING.into()], |_| Ok(())))?;
+            // SAFETY: inside a transaction; nobody else has the right to this lock on imbus's own table.
+            unsafe { pg_sys::LockRelationOid(own.relid, pg_sys::ShareUpdateExclusiveLock as pg_sys::LOCKMODE) };
             let others = others()?;
             let limit = if self.is_narrow()? { i64::from(i32::MAX) } else { i64::MAX };
             if others > self.last_drawn()?.unwrap_or(i64::MAX) && others < limit - MARGIN {
@@ -220,11 +253,6 @@ impl Bus {
             }
             Ok(())
         })
-    }
-
-    /// The owner of the table.
-    pub fn owner(&self) -> pg_sys::Oid {
-        self.owner
     }
 
     /// Table `imbus_bookmark`, which stands beside imbus's own bus table.

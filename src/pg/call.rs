@@ -86,7 +86,7 @@ fn find(condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<
     safely(|| sql::rows(&format!("{CANDIDATES}{condition}"), args, read))
 }
 
-fn read(row: &sql::Row<'_>) -> Outcome<Found> {
+fn read(row: &sql::Row) -> Outcome<Found> {
     let required = usize::try_from(row.need::<i32>(6)?).unwrap_or(0);
     let names = row.get::<Vec<Option<String>>>(7)?.unwrap_or_default();
     let types = row.get::<Vec<Option<String>>>(8)?.unwrap_or_default();

@@ -1,9 +1,10 @@
 //! What pgrx does not bind on all of PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
-//! tcop/tcopprot.h, access/twophase.h, commands/sequence.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
+//! tcop/tcopprot.h, access/twophase.h, commands/sequence.h,
+//! nodes/nodeFuncs.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
 //! as a Rust panic instead of jumping over Rust frames.
 
 use pgrx::pg_sys;
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 
 /// PQcommMethods of libpq.h.
 #[repr(C)]
@@ -16,12 +17,19 @@ pub struct CommMethods {
     pub putmessage_noblock: unsafe extern "C-unwind" fn(c_char, *const c_char, usize),
 }
 
+/// What the walkers of nodes/nodeFuncs.h call.
+pub type Walker = Option<unsafe extern "C-unwind" fn(*mut pg_sys::Node, *mut c_void) -> bool>;
+
 #[allow(non_upper_case_globals)]
 unsafe extern "C-unwind" {
     pub static mut PqCommMethods: *const CommMethods;
     pub static mut notifyInterruptPending: c_int;
     pub fn TwoPhaseGetDummyProc(xid: pg_sys::TransactionId, lock_held: bool) -> *mut pg_sys::PGPROC;
     pub fn nextval_internal(sequence: pg_sys::Oid, check_permissions: bool) -> i64;
+    #[cfg_attr(not(feature = "pg15"), link_name = "expression_tree_walker_impl")]
+    pub fn expression_tree_walker(node: *mut pg_sys::Node, walker: Walker, context: *mut c_void) -> bool;
+    #[cfg_attr(not(feature = "pg15"), link_name = "query_tree_walker_impl")]
+    pub fn query_tree_walker(query: *mut pg_sys::Query, walker: Walker, context: *mut c_void, flags: c_int) -> bool;
     pub fn Async_Listen(channel: *const c_char);
     pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
     pub fn ProcessNotifyInterrupt(flush: bool);
@@ -31,7 +39,8 @@ unsafe extern "C-unwind" {
     pub fn pqsignal(signal: c_int, handler: Option<unsafe extern "C-unwind" fn(c_int)>);
 }
 
-/// Runs a call into PostgreSQL that may raise.
+/// Runs a call into PostgreSQL that may raise. Never around functions of pg_sys, which do this themselves: a panic may
+/// not cross it.
 ///
 /// # Safety
 /// On the main thread, with whatever the called function asks for.

@@ -284,9 +284,10 @@ fn held(database: pg_sys::Oid, run: impl FnOnce()) {
     let Some(shared) = shared::get() else { return run() };
     let oid = u32::from(database);
     wake::holding();
-    if shared.hold(oid, worker::pid()) {
-        push_out(shared, oid);
+    if !shared.hold(oid, worker::pid()) {
+        pgrx::warning!("too many databases are held at once: a worker of imbus may come back before the command ends");
     }
+    push_out(shared, oid);
     run();
 }
 

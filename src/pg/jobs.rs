@@ -39,8 +39,7 @@ thread_local! {
 
 fn table() -> Outcome<Table> {
     let cached = FOUND.with(|found| found.borrow().clone());
-    // SAFETY: a cache look-up inside a transaction.
-    if let Some(table) = cached.filter(|t| unsafe { !pg_sys::get_rel_name(t.relid).is_null() }) {
+    if let Some(table) = cached.filter(|table| bus::name(table.relid).as_ref() == Some(&table.name)) {
         return Ok(table);
     }
     let text = "SELECT c.oid, c.relowner, pg_catalog.quote_ident(n.nspname) || '.ir_async'
@@ -69,10 +68,10 @@ fn table() -> Outcome<Table> {
 }
 
 /// Runs a statement on the table; `TABLE` in the text is its name.
-fn on_table<T>(text: &str, args: &[DatumWithOid<'_>], map: impl FnMut(&sql::Row<'_>) -> Outcome<T>) -> Outcome<Vec<T>> {
+fn on_table<T>(text: &str, args: &[DatumWithOid<'_>], map: impl FnMut(&sql::Row) -> Outcome<T>) -> Outcome<Vec<T>> {
     let table = table()?;
     let text = text.replace("TABLE", &table.name);
-    as_owner(table.owner, || sql::rows(&text, args, map))
+    as_owner(table.owner, [table.relid; 2], || sql::rows(&text, args, map))
 }
 
 /// A job to enqueue, its arguments checked.
@@ -124,10 +123,13 @@ pub fn enqueue(new: New) -> Outcome<i64> {
         new.role.into(),
         Text(new.search_path).into(),
     ];
-    ENQUEUEING.set(true);
-    let _off = Enqueueing;
     for _ in 0..10 {
-        if let Some(id) = on_table(text, &args, |row| row.need::<i64>(1))?.into_iter().next() {
+        // For this statement alone: the notification may run triggers of a user's, who may insert jobs too.
+        ENQUEUEING.set(true);
+        let mark = Enqueueing;
+        let inserted = on_table(text, &args, |row| row.need::<i64>(1))?.into_iter().next();
+        drop(mark);
+        if let Some(id) = inserted {
             wake::enqueued();
             let (name, state) = (new.description.as_deref(), State::Created.as_str());
             if let Some(channel) = &new.notify {
@@ -257,7 +259,7 @@ pub fn waiting() -> Outcome<Vec<(u32, i64)>> {
 /// Seconds until the next job is to start that waits for its time; None when there is none.
 pub fn next_start() -> Outcome<Option<f64>> {
     let text = "SELECT EXTRACT(epoch FROM min(run_at) - pg_catalog.clock_timestamp())::float8 FROM TABLE
-                 WHERE state = 'created' AND run_at > pg_catalog.clock_timestamp()";
+                 WHERE state = 'created' AND run_at > pg_catalog.clock_timestamp() AND run_at < 'infinity'";
     Ok(on_table(text, &[], |row| row.get::<f64>(1))?.into_iter().flatten().next())
 }
 

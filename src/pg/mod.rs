@@ -10,6 +10,7 @@ mod datum;
 mod ffi;
 mod functions;
 mod gateway;
+mod guard;
 mod guc;
 mod hook;
 mod job_functions;
@@ -40,6 +41,7 @@ pub extern "C-unwind" fn _PG_init() {
     let preloaded = shared::preloading();
     guc::define(preloaded);
     wake::register();
+    guard::install();
     if preloaded {
         shared::request();
         ring::request();

@@ -405,6 +405,11 @@ impl Shared {
 
     /// Keeps workers out of a database until [`Shared::release`]. False when too many are held already.
     pub fn hold(&self, oid: u32, pid: i32) -> bool {
+        let mine =
+            |hold: &&Hold| hold.pid.load(Ordering::Acquire) == pid && hold.database.load(Ordering::Acquire) == oid;
+        if self.holds.iter().any(|hold| mine(&hold)) {
+            return true;
+        }
         self.holds.iter().any(|hold| {
             let taken = hold.pid.compare_exchange(0, pid, Ordering::AcqRel, Ordering::Acquire).is_ok();
             if taken {

@@ -1,5 +1,6 @@
 //! The only begin, commit and abort of the workers, and the only switch of user.
 
+use super::guard;
 use super::report::Outcome;
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
@@ -106,11 +107,15 @@ pub fn in_passing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
 }
 
 /// Runs `work` as another role, under SECURITY_RESTRICTED_OPERATION and with search_path `pg_catalog`, as autovacuum
-/// runs user-owned code. An ERROR inside restores everything with the (sub)transaction's abort.
-pub fn as_owner<T>(owner: pg_sys::Oid, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+/// runs user-owned code. An ERROR inside restores everything with the (sub)transaction's abort. Statements for a
+/// superuser may mean these relations and imbus's own, whatever the names they use have come to mean.
+pub fn as_owner<T>(owner: pg_sys::Oid, relations: [pg_sys::Oid; 2], work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: a catalog look-up inside a transaction.
+    let guard = unsafe { pg_sys::superuser_arg(owner) }.then(|| guard::allow(relations));
     let restore = User::switch(owner);
     let result = safely(work);
     drop(restore);
+    drop(guard);
     result
 }
 

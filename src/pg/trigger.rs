@@ -2,7 +2,6 @@
 //! with DROP EXTENSION without CASCADE (SPEC section 11).
 
 use super::bus::Bus;
-use super::ffi::guarded;
 use super::report::Outcome;
 use super::sql;
 use super::transaction::{safely, set_local};
@@ -27,7 +26,7 @@ pub fn attach(bus: &Bus) -> Outcome<()> {
     let Some((Some(function), Some(extension))) = found else { return Ok(()) };
     set_local(c"lock_timeout", LOCK_TIMEOUT);
     // SAFETY: inside a transaction, main thread; all three exist.
-    unsafe { guarded(|| create(relid, function, extension)) };
+    unsafe { create(relid, function, extension) };
     Ok(())
 }
 

@@ -18,8 +18,12 @@ pub fn assert_main_thread() {
 #[pg_guard]
 unsafe extern "C-unwind" fn on_sighup(_signal: i32) {
     RELOAD.store(true, Ordering::Release);
-    // SAFETY: SetLatch is safe in a signal handler.
-    unsafe { pg_sys::SetLatch(pg_sys::MyLatch) };
+    // SAFETY: SetLatch is safe in a signal handler; the interrupted code keeps its errno.
+    unsafe {
+        let errno = *libc::__errno_location();
+        pg_sys::SetLatch(pg_sys::MyLatch);
+        *libc::__errno_location() = errno;
+    }
 }
 
 /// Installs the handlers of a worker and unblocks signals: SIGTERM ends it at the next check, as a backend.

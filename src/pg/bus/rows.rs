@@ -13,6 +13,8 @@ use pgrx::prelude::*;
 
 /// How far `last = 0` reaches back, in seconds (Odoo's `_poll`: its TIMEOUT of 50 s).
 const RECENT: i64 = 50;
+/// Longest retention, in seconds (10 years): beyond, dates overflow.
+const RETENTION_MAX: f64 = 10.0 * 366.0 * 86_400.0;
 /// Rows deleted, or moved, in one transaction of the worker.
 const BATCH: i64 = 10_000;
 
@@ -47,7 +49,7 @@ impl Scope {
     }
 }
 
-fn raw(row: &sql::Row<'_>) -> Outcome<RawRow> {
+fn raw(row: &sql::Row) -> Outcome<RawRow> {
     Ok(RawRow {
         id: row.need(1)?,
         channel: row.get::<Text>(2)?.map(|text| text.0),
@@ -60,6 +62,11 @@ fn raw(row: &sql::Row<'_>) -> Outcome<RawRow> {
 const COLUMNS: &str = "id::bigint, channel::text, message::text, create_uid IS NULL, xmin";
 
 impl Bus {
+    /// Runs statements on the table as its owner.
+    pub fn as_owner<T>(&self, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+        as_owner(self.owner, [self.relid, self.sequence], work)
+    }
+
     /// OID of the table.
     pub fn oid(&self) -> u32 {
         self.relid.into()
@@ -67,12 +74,12 @@ impl Bus {
 
     fn select(&self, condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<RawRow>> {
         let text = format!("SELECT {COLUMNS} FROM {} WHERE {condition}", self.name);
-        as_owner(self.owner, || sql::rows(&text, args, raw))
+        self.as_owner(|| sql::rows(&text, args, raw))
     }
 
     /// One value of a statement on the table.
     fn number(&self, text: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Option<i64>> {
-        Ok(as_owner(self.owner, || sql::first(text, args, |row| row.get::<i64>(1)))?.flatten())
+        Ok(self.as_owner(|| sql::first(text, args, |row| row.get::<i64>(1)))?.flatten())
     }
 
     /// Those of these rows that are visible, in the order asked for.
@@ -138,7 +145,7 @@ impl Bus {
     /// The visible ids above `low`, ascending.
     pub fn ids_above(&self, low: i64) -> Outcome<Vec<i64>> {
         let text = format!("SELECT id::bigint FROM {} WHERE id > $1 ORDER BY id", self.name);
-        as_owner(self.owner, || sql::rows(&text, &[low.into()], |row| row.need(1)))
+        self.as_owner(|| sql::rows(&text, &[low.into()], |row| row.need(1)))
     }
 
     /// The greatest id of a row older than `seconds`, 0 when there is none.
@@ -185,7 +192,7 @@ impl Bus {
                     - pg_catalog.make_interval(secs => $1)",
             self.name
         );
-        let deleted = as_owner(self.owner, || sql::execute(&text, &[seconds.into()]))?;
+        let deleted = self.as_owner(|| sql::execute(&text, &[seconds.into()]))?;
         Ok(i64::try_from(deleted).unwrap_or(i64::MAX))
     }
 
@@ -203,13 +210,27 @@ impl Bus {
             self.name
         );
         let args = [position.high.into(), seconds.into(), low.into(), high.into()];
-        let deleted = as_owner(self.owner, || sql::execute(&text, &args))?;
+        let deleted = self.as_owner(|| sql::execute(&text, &args))?;
         Ok(i64::try_from(deleted).unwrap_or(i64::MAX))
     }
 
-    /// Moves rows into another bus table with their ids, oldest first, and drops those older than `seconds`: how many
-    /// were taken away. A row whose id is taken there gets a new one.
-    pub fn move_to(&self, other: &Bus, seconds: f64) -> Outcome<i64> {
+    /// The latest rows not older than `seconds`, with the transactions that wrote them.
+    pub fn latest(&self, seconds: f64, limit: i64) -> Outcome<Vec<(i64, u32)>> {
+        let text = format!(
+            "SELECT id::bigint, xmin FROM {} WHERE create_date >= (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
+                    - pg_catalog.make_interval(secs => $1) ORDER BY id DESC LIMIT $2",
+            self.name
+        );
+        let read = |row: &sql::Row| {
+            let xmin = row.get::<pg_sys::TransactionId>(2)?.map_or(0, |number| number.into_inner());
+            Ok((row.need(1)?, xmin))
+        };
+        self.as_owner(|| sql::rows(&text, &[seconds.into(), limit.into()], read))
+    }
+
+    /// Moves rows into another bus table with their ids, oldest first, and drops those older than `seconds`: what was
+    /// taken away. A row whose id is taken there gets a new one.
+    pub fn move_to(&self, other: &Bus, seconds: f64) -> Outcome<Vec<Moved>> {
         let taken = self.take(BATCH)?;
         let text = format!(
             "INSERT INTO {0} (id, create_uid, write_uid, channel, message, create_date, write_date)
@@ -217,12 +238,14 @@ impl Bus {
                          THEN pg_catalog.nextval($9::pg_catalog.oid::pg_catalog.regclass) ELSE $1 END,
                     $2, $3, $4, $5, $6, $7
               WHERE $6 IS NULL OR $6 >= (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
-                        - pg_catalog.make_interval(secs => $10)",
+                        - pg_catalog.make_interval(secs => $10)
+             RETURNING id::bigint, xmin",
             other.name
         );
-        let count = i64::try_from(taken.len()).unwrap_or(i64::MAX);
         let is_narrow = other.is_narrow()?;
+        let mut moved = Vec::with_capacity(taken.len());
         for row in taken {
+            let old = row.id;
             let too_great = is_narrow && row.id > i64::from(i32::MAX);
             let args = [
                 row.id.into(),
@@ -236,11 +259,16 @@ impl Bus {
                 other.sequence.into(),
                 seconds.into(),
             ];
-            as_owner(other.owner, || sql::execute(&text, &args))?;
+            let read = |row: &sql::Row| {
+                let xmin = row.get::<pg_sys::TransactionId>(2)?.map_or(0, |number| number.into_inner());
+                Ok(Moved { old, id: row.need(1)?, xmin })
+            };
+            let put = other.as_owner(|| sql::first(&text, &args, read))?;
+            moved.push(put.unwrap_or(Moved { old, id: old, xmin: 0 }));
         }
         // What was moved is not new.
         ring::forget();
-        Ok(count)
+        Ok(moved)
     }
 
     /// Whether the table's ids are of 32 bits.
@@ -255,7 +283,7 @@ impl Bus {
              RETURNING id::bigint, create_uid, write_uid, channel::text, message::text, create_date, write_date",
             self.name
         );
-        let mut taken = as_owner(self.owner, || {
+        let mut taken = self.as_owner(|| {
             sql::rows(&text, &[limit.into()], |row| {
                 Ok(WholeRow {
                     id: row.need(1)?,
@@ -271,6 +299,15 @@ impl Bus {
         taken.sort_unstable_by_key(|row| row.id);
         Ok(taken)
     }
+}
+
+/// A row that was moved to another table.
+#[derive(Clone, Copy, Debug)]
+pub struct Moved {
+    /// Its id before.
+    pub old: i64,
+    pub id: i64,
+    pub xmin: u32,
 }
 
 /// A row with all its columns.
@@ -297,9 +334,7 @@ fn writers(relation: pg_sys::Oid) -> Holders {
             locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
         };
         let mut count = 0;
-        let list = super::super::ffi::guarded(|| {
-            pg_sys::GetLockConflicts(&tag, pg_sys::ShareLock as pg_sys::LOCKMODE, &mut count)
-        });
+        let list = pg_sys::GetLockConflicts(&tag, pg_sys::ShareLock as pg_sys::LOCKMODE, &mut count);
         let words = std::slice::from_raw_parts(list.cast::<[u32; 2]>(), usize::try_from(count).unwrap_or(0));
         let holders = words.iter().map(|[backend, local]| u64::from(*backend) << 32 | u64::from(*local)).collect();
         pg_sys::pfree(list.cast());
@@ -309,14 +344,15 @@ fn writers(relation: pg_sys::Oid) -> Holders {
 
 /// The retention in seconds: Odoo's `bus.gc_retention_seconds` where there is an Odoo, else `imbus.gc_retention`.
 pub fn retention() -> Outcome<f64> {
-    let find = "SELECT c.relowner FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    let find =
+        "SELECT c.relowner, c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
           WHERE n.nspname = 'public' AND c.relname = 'ir_config_parameter' AND c.relkind = 'r'
             AND (SELECT count(*) FROM pg_catalog.pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped
                   AND a.attname IN ('key', 'value') AND a.atttypid IN (25, 1043)) = 2";
-    let owner = safely(|| sql::first(find, &[], |row| row.get::<pg_sys::Oid>(1)))?.flatten();
-    let Some(owner) = owner else { return Ok(guc::gc_retention() as f64) };
+    let found = safely(|| sql::first(find, &[], |row| Ok((row.get::<pg_sys::Oid>(1)?, row.get::<pg_sys::Oid>(2)?))))?;
+    let Some((Some(owner), Some(relation))) = found else { return Ok(guc::gc_retention() as f64) };
     let text = "SELECT value::text FROM public.ir_config_parameter WHERE key = 'bus.gc_retention_seconds'";
-    let value = as_owner(owner, || sql::first(text, &[], |row| row.get::<Text>(1)))?.flatten();
+    let value = as_owner(owner, [relation; 2], || sql::first(text, &[], |row| row.get::<Text>(1)))?.flatten();
     let seconds = value.and_then(|text| text.0.trim().parse::<f64>().ok());
-    Ok(seconds.filter(|s| s.is_finite() && *s >= 0.0).unwrap_or(guc::gc_retention() as f64))
+    Ok(seconds.filter(|s| *s >= 0.0).map_or(guc::gc_retention() as f64, |seconds| seconds.min(RETENTION_MAX)))
 }

@@ -1,10 +1,11 @@
 //! Which table is the bus: beginning with it, taking over Odoo's when it appears, its trigger, bookmarks, pruning.
 
 use super::Database;
+use crate::core::journal::Entry;
 use crate::core::position::Position;
 use crate::core::ring::Reader;
 use crate::core::tracker::Tracker;
-use crate::pg::bus::{self, Bus};
+use crate::pg::bus::{self, Bus, Moved};
 use crate::pg::report::{Outcome, report};
 use crate::pg::transaction::{self, Failure, set_local};
 use crate::pg::{guc, jobs, ring, trigger, worker};
@@ -18,6 +19,9 @@ const START_WINDOW: i64 = 10_000;
 const BEGINNING: f64 = 15.0;
 /// Seconds that `last = 0` reaches back, and a little.
 const RECENT: f64 = 51.0;
+
+/// Rows of a table just adopted that are looked through for undelivered ones; a new table has few.
+const UNKNOWN_MAX: i64 = 100_000;
 
 /// The error of a read that found another table in force than the one it was for; caught in `Database::dispatch`.
 pub fn changed() -> pgrx::pg_sys::panic::ErrorReport {
@@ -95,8 +99,12 @@ impl Database {
         if !same {
             pgrx::log!("imbus moves the bus of database \"{}\" to another table", self.name);
         }
+        // What its owner wrote into it before anybody knew of it has low ids, which count as dispatched.
+        let written = if same { Vec::new() } else { transaction::run(|| unknown(&bus))? };
         if let Some(tracker) = &mut self.tracker {
             tracker.moved(bus.oid());
+            let unknown = written.into_iter().filter(|(id, xmin)| !tracker.journal.holds(*id, *xmin));
+            unknown.collect::<Vec<_>>().into_iter().for_each(|(id, _)| tracker.promised((id, id), || bus.holders()));
         }
         self.bus = Some(bus);
         self.look_due = true;
@@ -129,12 +137,28 @@ impl Database {
         let Some(odoo) = self.bus.as_ref().filter(|bus| bus.is_odoo).cloned() else { return Ok(false) };
         let (own, retention) = transaction::run(|| Ok((bus::candidates()?.0, bus::retention()?)))?;
         let mut any = false;
-        while transaction::run(|| own.move_to(&odoo, retention))? > 0 {
+        loop {
+            let moved = transaction::run(|| own.move_to(&odoo, retention))?;
+            if moved.is_empty() {
+                return Ok(any);
+            }
             any = true;
             self.look_due = true;
+            self.pass_over(&moved);
             worker::check_interrupts();
         }
-        Ok(any)
+    }
+
+    /// Rows that were dispatched already and had to take another id are not dispatched again.
+    fn pass_over(&mut self, moved: &[Moved]) {
+        let ring = self.ring_position();
+        let (Some(tracker), Some(bus)) = (&mut self.tracker, &self.bus) else { return };
+        let position = tracker.position(ring);
+        let renumbered = moved.iter().filter(|row| row.id != row.old && position.covers(row.old));
+        let entries: Vec<Entry> = renumbered.map(|row| Entry { id: row.id, xmin: row.xmin, channel: 0 }).collect();
+        if !entries.is_empty() {
+            tracker.dispatched(&entries, i64::MAX, || bus.holders(), ring, 0);
+        }
     }
 
     /// TRUNCATE … RESTART IDENTITY, or a table swapped for an empty one: ids begin anew.
@@ -205,6 +229,11 @@ impl Database {
             pgrx::warning!("imbus could not delete old rows: {failure}");
         }
     }
+}
+
+/// The latest rows of a table that nobody has read yet, within the retention.
+fn unknown(bus: &Bus) -> Outcome<Vec<(i64, u32)>> {
+    bus.latest(bus::retention()?, UNKNOWN_MAX)
 }
 
 fn beginning(bus: &Bus) -> Outcome<Position> {
