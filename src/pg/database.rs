@@ -92,6 +92,8 @@ pub extern "C-unwind" fn imbus_database_main(argument: pg_sys::Datum) {
         launch::exit();
     }
     launch::connect(oid, 0);
+    // A plan is made once and kept: by primary key, however small the table is at that time.
+    transaction::set_for_session(c"enable_seqscan", c"off");
     become_owner();
     let name = match extension_database() {
         Ok(Some(name)) => name,

@@ -135,9 +135,14 @@ pub fn set_local(name: &CStr, value: &CStr) {
     set(name, value, pg_sys::GucAction::GUC_ACTION_LOCAL);
 }
 
+/// Sets a setting of PostgreSQL's for the life of a worker.
+pub fn set_for_session(name: &CStr, value: &CStr) {
+    set(name, value, pg_sys::GucAction::GUC_ACTION_SET);
+}
+
 fn set(name: &CStr, value: &CStr, action: pg_sys::GucAction::Type) {
     let (context, source) = (pg_sys::GucContext::PGC_USERSET, pg_sys::GucSource::PGC_S_SESSION);
-    // SAFETY: inside a transaction, main thread; C strings.
+    // SAFETY: main thread; C strings.
     unsafe { pg_sys::set_config_option(name.as_ptr(), value.as_ptr(), context, source, action, true, 0, false) };
 }
 
