@@ -8,13 +8,14 @@ use imbus::core::position::Position;
 use imbus::core::settings::{AuthMethod, Database, Settings};
 use imbus::core::token::{Claims, Grant, sign};
 use imbus::net::bridge::{LogLevel, Net, Start, ToMain, ToNet};
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tungstenite::client::IntoClientRequest;
 use tungstenite::protocol::frame::Frame;
@@ -180,6 +181,20 @@ impl Gateway {
         client
     }
 
+    /// The connections, as an inspector sees them.
+    fn inspect(&self, database: Option<u32>) -> Vec<Connection> {
+        let mut inspector = Worker::new(self.link());
+        inspector.send(&Event::Inspect { version: VERSION, database });
+        let Some(Command::Connections(connections)) = inspector.next() else { panic!("no list") };
+        assert_eq!(inspector.next(), None);
+        connections
+    }
+
+    /// How many connections have more than this in their outbound queue, in bytes.
+    fn queued(&self, bytes: usize) -> usize {
+        self.inspect(None).iter().filter(|connection| connection.queued > bytes as i64).count()
+    }
+
     fn http(&self, request: &str) -> String {
         let mut tcp = self.tcp();
         tcp.write_all(request.as_bytes()).unwrap();
@@ -248,15 +263,33 @@ impl Worker {
         self.send(&Event::Dispatch { notifications: notifications.to_vec(), position });
     }
 
+    /// The next command, if one is there already.
+    fn peek(&mut self) -> Option<Command> {
+        if let Some(command) = self.decoder.next().unwrap() {
+            return Some(command);
+        }
+        let mut bytes = [0; 4096];
+        self.stream.set_nonblocking(true).unwrap();
+        let result = self.stream.read(&mut bytes);
+        self.stream.set_nonblocking(false).unwrap();
+        match result {
+            Ok(count) => self.decoder.feed(&bytes[..count]),
+            Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+        }
+        self.decoder.next().unwrap()
+    }
+
     /// The next recovery asked for: its request, channels and `last`.
     fn recover(&mut self) -> (u64, Vec<Channel>, i64) {
-        loop {
-            match self.next() {
-                Some(Command::Recover { request, channels, last }) => return (request, channels, last),
-                Some(Command::More { .. }) => {}
-                other => panic!("{other:?}"),
-            }
+        match self.next() {
+            Some(Command::Recover { request, channels, last }) => (request, channels, last),
+            other => panic!("{other:?}"),
         }
+    }
+
+    /// The next page of this request is asked for.
+    fn more(&mut self, request: u64) {
+        assert_eq!(self.next(), Some(Command::More { request }));
     }
 
     fn recovered(&mut self, request: u64, notifications: &[Notification], more: bool) {
@@ -389,8 +422,7 @@ fn nothing_is_sent_before_the_recovery_and_nothing_is_lost_or_doubled_around_it(
         let (request, channels, last) = worker.recover();
         assert_eq!((channels, last), (vec![channel("a")], 7));
         worker.dispatch(&notifications(&[(9, "a"), (10, "a")]));
-        worker.recovered(request, &notifications(&[(8, "a"), (6, "a")]), true);
-        worker.recovered(request, &notifications(&[(9, "a"), (10, "a")]), false);
+        worker.recovered(request, &notifications(&[(8, "a"), (6, "a"), (9, "a"), (10, "a")]), false);
         worker.dispatch(&notifications(&[(11, "a")]));
         assert_eq!((client.ids(), client.ids(), client.ids()), (vec![8], vec![6, 9, 10], vec![11]));
     }
@@ -441,8 +473,7 @@ fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
     worker.dispatch(&notifications(&[(7, "a")]));
     assert_eq!(client.ids(), [7]);
     client.subscribe(r#"["a","b"]"#, 0);
-    let (request, ..) = worker.recover();
-    worker.recovered(request, &notifications(&[(3, "b")]), true);
+    worker.recover();
     drop(worker);
     assert_eq!(gateway.next(), ToMain::LinkDown { database: DEMO });
     let mut late = gateway.client();
@@ -458,7 +489,7 @@ fn a_lost_link_goes_on_where_it_was_and_recoveries_wait_for_it() {
     worker.dispatch(&notifications(&[(8, "a")]));
     worker.recovered(asked[0].0, &notifications(&[(3, "b")]), false);
     worker.recovered(asked[1].0, &notifications(&[(7, "a"), (8, "a")]), false);
-    assert_eq!((client.ids(), client.ids()), (vec![8], vec![3]), "a half answer before the loss counts for nothing");
+    assert_eq!((client.ids(), client.ids()), (vec![8], vec![3]));
     assert_eq!(late.ids(), [7, 8]);
 }
 
@@ -525,15 +556,8 @@ fn an_inspector_sees_the_connections_of_all_reactors() {
     let mut clients: Vec<Client> = (0..5).map(|_| gateway.subscribed(&mut worker, r#"["a","b"]"#)).collect();
     worker.dispatch(&notifications(&[(1, "a"), (2, "a")]));
     clients.iter_mut().for_each(|client| assert_eq!(client.ids(), [1, 2]));
-    let inspect = |database| -> Vec<Connection> {
-        let mut inspector = Worker::new(gateway.link());
-        inspector.send(&Event::Inspect { version: VERSION, database });
-        let Some(Command::Connections(connections)) = inspector.next() else { panic!("no list") };
-        assert_eq!(inspector.next(), None);
-        connections
-    };
-    assert_eq!(inspect(Some(OTHER)), []);
-    let found = inspect(None);
+    assert_eq!(gateway.inspect(Some(OTHER)), []);
+    let found = gateway.inspect(None);
     let mut ids: Vec<_> = found.iter().map(|connection| connection.id).collect();
     ids.sort_unstable();
     ids.dedup();
@@ -543,7 +567,301 @@ fn an_inspector_sees_the_connections_of_all_reactors() {
         assert_eq!((connection.user_agent.as_str(), connection.subject.as_deref()), ("test", Some("ann")));
         assert!(connection.address.starts_with("127.0.0.1:") && connection.queued == 0);
     }
-    assert_eq!(inspect(Some(DEMO)).len(), 5);
+    assert_eq!(gateway.inspect(Some(DEMO)).len(), 5);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Replays, page by page
+
+/// With more in its outbound queue, a connection is asked no page for.
+const DRAINED: usize = 64 * 1024;
+
+/// What the kernel's buffers of one connection never hold.
+const GIANT: usize = 32 << 20;
+
+/// Notifications of one channel with these ids, together about `size` bytes long.
+fn filled(ids: std::ops::Range<i64>, name: &str, size: usize) -> Vec<Notification> {
+    let filler = "x".repeat(size / ids.clone().count());
+    let message = |id| format!(r#"{{"type":"{filler}","payload":{id}}}"#).into();
+    ids.map(|id| Notification { id, channel: channel(name), message: message(id) }).collect()
+}
+
+/// A client whose first page of a replay of "a" (ids 1 to 32, more to come) is more than it has read; and its request.
+fn parked(gateway: &Gateway, worker: &mut Worker) -> (Client, u64) {
+    let before = gateway.queued(DRAINED);
+    let mut client = gateway.client();
+    client.subscribe(r#"["a"]"#, 7);
+    let (request, ..) = worker.recover();
+    worker.recovered(request, &filled(1..33, "a", GIANT), true);
+    let start = Instant::now();
+    while gateway.queued(DRAINED) == before {
+        assert!(start.elapsed() < PATIENCE, "the page is queued");
+    }
+    (client, request)
+}
+
+#[test]
+fn pages_go_out_as_they_come_and_the_last_one_makes_live() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    for _ in 0..2 {
+        let mut client = gateway.subscribed(&mut worker, r#"["live"]"#);
+        client.subscribe(r#"["live","a"]"#, 0);
+        let (request, channels, _) = worker.recover();
+        assert_eq!(channels, [channel("a")]);
+        worker.recovered(request, &notifications(&[(2, "a"), (3, "a"), (1, "a")]), true);
+        assert_eq!((client.ids(), client.ids()), (vec![2, 3], vec![1]));
+        worker.more(request);
+        worker.dispatch(&notifications(&[(8, "a"), (9, "live")]));
+        assert_eq!(client.ids(), [9], "what is live goes on, the other waits for its page");
+        worker.recovered(request, &[], true);
+        worker.more(request);
+        worker.recovered(request, &notifications(&[(8, "a")]), true);
+        worker.more(request);
+        worker.dispatch(&notifications(&[(10, "a")]));
+        worker.recovered(request, &notifications(&[(10, "a")]), false);
+        worker.dispatch(&notifications(&[(11, "a"), (12, "live")]));
+        assert_eq!([client.ids(), client.ids(), client.ids(), client.ids()], [[8], [10], [11], [12]]);
+    }
+}
+
+#[test]
+fn pages_that_nobody_asked_for_do_no_harm() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    for _ in 0..2 {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, 7);
+        let (request, ..) = worker.recover();
+        for id in 8..20 {
+            worker.recovered(request, &notifications(&[(id, "a")]), true);
+        }
+        worker.recovered(request, &notifications(&[(20, "a")]), false);
+        worker.recovered(request, &notifications(&[(21, "a")]), false);
+        worker.recovered(u64::MAX, &notifications(&[(21, "a")]), true);
+        worker.dispatch(&notifications(&[(22, "a")]));
+        let got: Vec<_> = (8..=21).map(|_| client.ids()).collect();
+        let expected: Vec<_> = (8..=20).chain([22]).map(|id| vec![id]).collect();
+        assert_eq!(got, expected);
+        while let Some(command) = worker.peek() {
+            assert_eq!(command, Command::More { request });
+        }
+    }
+}
+
+#[test]
+fn a_slow_reader_gets_its_replay_as_it_reads_and_little_of_it_waits_in_memory() {
+    const PAGE: usize = 64 * 1024;
+    const ROWS: i64 = 4;
+    const PAGES: i64 = (GIANT / PAGE) as i64 + 50;
+    let gateway = Gateway::with(Settings { send_queue_max: PAGE, ..settings() });
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    client.subscribe(r#"["a"]"#, 7);
+    let sent = Arc::new(AtomicI64::new(0));
+    let counter = sent.clone();
+    let answering = std::thread::spawn(move || {
+        let (request, ..) = worker.recover();
+        for page in 1..=PAGES {
+            counter.store(page, Ordering::Relaxed);
+            worker.recovered(request, &filled((page - 1) * ROWS + 1..page * ROWS + 1, "a", PAGE), page < PAGES);
+            if page < PAGES {
+                worker.more(request);
+            }
+        }
+        worker.dispatch(&notifications(&[(PAGES * ROWS + 1, "a")]));
+        worker
+    });
+    let is_waiting = || {
+        let queued = gateway.inspect(None)[0].queued as usize;
+        assert!(queued < DRAINED + PAGE + 1_000, "{queued} bytes wait");
+        queued >= DRAINED
+    };
+    // The kernel takes in what it can; after that the queue stays as it is.
+    let mut full = 0;
+    gateway.wait_until("the queue stays full", |_| {
+        full = if is_waiting() { full + 1 } else { 0 };
+        full == 20
+    });
+    let held = sent.load(Ordering::Relaxed);
+    assert!(held < PAGES - 50, "{held} pages, and nothing was read");
+    let mut read = 0;
+    while read <= PAGES * ROWS {
+        for id in client.ids() {
+            assert_eq!(id, read + 1);
+            read = id;
+        }
+        if read % 64 == 0 {
+            is_waiting();
+        }
+    }
+    answering.join().unwrap();
+    assert_eq!(gateway.inspect(None)[0].queued, 0);
+    assert_eq!(gateway.net().counters().slow_consumers.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn five_slow_replays_keep_no_other_client_waiting() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut slow: Vec<_> = (0..5).map(|_| parked(&gateway, &mut worker)).collect();
+    let mut quick = gateway.client();
+    quick.subscribe(r#"["a"]"#, 7);
+    worker.answer(&notifications(&[(8, "a")]));
+    assert_eq!(quick.ids(), [8]);
+    let (client, request) = &mut slow[3];
+    (1..33).for_each(|id| assert_eq!(client.ids(), [id]));
+    worker.more(*request);
+    worker.recovered(*request, &notifications(&[(40, "a")]), false);
+    assert_eq!(client.ids(), [40]);
+}
+
+#[test]
+fn four_pages_at_once_are_asked_for_and_the_others_in_the_order_of_asking() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let (mut reader, parked) = parked(&gateway, &mut worker);
+    let mut clients = Vec::new();
+    let mut requests = Vec::new();
+    for number in 0..6 {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, 10 + number);
+        match number {
+            0..4 => requests.push(worker.recover().0),
+            _ => gateway.wait_until("it is asked for", |_| {
+                // Twice, as the first may overtake the asking.
+                let is_subscribed = |all: Vec<Connection>| all.iter().filter(|one| one.channels == 1).count();
+                gateway.inspect(None);
+                is_subscribed(gateway.inspect(None)) == clients.len() + 2
+            }),
+        }
+        clients.push(client);
+        if number == 4 {
+            (1..33).for_each(|id| assert_eq!(reader.ids(), [id]));
+            gateway.wait_until("all is read", |_| gateway.queued(0) == 0);
+            gateway.inspect(None);
+        }
+    }
+    assert_eq!(worker.peek(), None, "four are under way");
+    worker.recovered(requests[2], &notifications(&[(20, "a")]), false);
+    assert_eq!(worker.recover().2, 14);
+    worker.recovered(requests[0], &notifications(&[(20, "a")]), true);
+    worker.more(parked);
+    worker.recovered(requests[1], &notifications(&[(20, "a")]), true);
+    assert_eq!(worker.recover().2, 15);
+    worker.recovered(parked, &[], false);
+    worker.more(requests[0]);
+    assert_eq!((clients[0].ids(), clients[1].ids(), clients[2].ids()), (vec![20], vec![20], vec![20]));
+}
+
+#[test]
+fn a_replay_cut_off_by_the_loss_of_the_link_goes_on_after_its_last_page() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let (mut slow, parked) = parked(&gateway, &mut worker);
+    let (mut early, mut amid) = (gateway.client(), gateway.client());
+    early.subscribe(r#"["a"]"#, 5);
+    worker.recover();
+    amid.subscribe(r#"["a"]"#, 6);
+    let (request, ..) = worker.recover();
+    worker.recovered(request, &notifications(&[(30, "a"), (20, "a")]), true);
+    worker.more(request);
+    worker.recovered(request, &[], true);
+    worker.more(request);
+    drop(worker);
+    let mut worker = gateway.worker();
+    let (first, _, last) = worker.recover();
+    assert_eq!(last, 5, "no page had come");
+    assert_eq!(worker.recover(), (request, vec![channel("a")], 20));
+    worker.dispatch(&notifications(&[(31, "a")]));
+    worker.recovered(request, &notifications(&[(19, "a"), (31, "a")]), false);
+    worker.recovered(first, &notifications(&[(30, "a"), (20, "a"), (19, "a"), (31, "a")]), false);
+    worker.dispatch(&notifications(&[(32, "a")]));
+    assert_eq!([amid.ids(), amid.ids(), amid.ids()], [vec![30], vec![20], vec![19, 31]]);
+    assert_eq!([early.ids(), early.ids(), early.ids()], [vec![30], vec![20], vec![19, 31]]);
+    assert_eq!((amid.ids(), early.ids()), (vec![32], vec![32]));
+    assert_eq!(worker.peek(), None, "the third has not read its page yet");
+    (1..33).for_each(|id| assert_eq!(slow.ids(), [id]));
+    assert_eq!(worker.recover(), (parked, vec![channel("a")], 32));
+    worker.recovered(parked, &notifications(&[(33, "a")]), false);
+    assert_eq!(slow.ids(), [33]);
+}
+
+#[test]
+fn a_replay_whose_client_is_gone_is_given_up_and_makes_room() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let (slow, parked) = parked(&gateway, &mut worker);
+    drop(slow);
+    assert_eq!(worker.next(), Some(Command::Forget { request: parked }));
+    let mut clients = Vec::new();
+    let mut requests = Vec::new();
+    for _ in 0..4 {
+        let mut client = gateway.client();
+        client.subscribe(r#"["a"]"#, 7);
+        requests.push(worker.recover().0);
+        clients.push(client);
+    }
+    let mut fifth = gateway.client();
+    fifth.subscribe(r#"["a"]"#, 8);
+    drop(clients.remove(1));
+    assert_eq!(worker.next(), Some(Command::Forget { request: requests[1] }));
+    let (request, _, last) = worker.recover();
+    assert_eq!(last, 8);
+    worker.recovered(requests[1], &notifications(&[(9, "a")]), true);
+    worker.recovered(request, &notifications(&[(9, "a")]), true);
+    assert_eq!(fifth.ids(), [9]);
+    worker.more(request);
+    drop(fifth);
+    assert_eq!(worker.next(), Some(Command::Forget { request }), "nothing more was asked for the one that is gone");
+}
+
+#[test]
+fn a_replay_whose_channels_are_left_is_given_up_and_goes_on_when_they_are_back() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    client.subscribe(r#"["a","b"]"#, 7);
+    let (request, ..) = worker.recover();
+    worker.recovered(request, &notifications(&[(10, "b"), (9, "a")]), true);
+    worker.more(request);
+    assert_eq!((client.ids(), client.ids()), (vec![10], vec![9]));
+    client.subscribe(r#"["b"]"#, 7);
+    client.subscribe(r#"["c"]"#, 7);
+    assert_eq!(worker.next(), Some(Command::Forget { request }));
+    let (third, channels, last) = worker.recover();
+    assert_eq!((channels, last), (vec![channel("c")], 7));
+    worker.recovered(request, &notifications(&[(11, "a"), (12, "b")]), false);
+    worker.recovered(third, &notifications(&[(8, "c")]), false);
+    assert_eq!(client.ids(), [8]);
+    client.subscribe(r#"["a","c"]"#, 7);
+    let (fourth, channels, last) = worker.recover();
+    assert_eq!((channels, last), (vec![channel("a")], 9), "a is not repeated");
+    worker.recovered(fourth, &notifications(&[(11, "a")]), false);
+    assert_eq!(client.ids(), [11]);
+}
+
+#[test]
+fn the_replays_of_one_connection_come_one_after_the_other() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.client();
+    client.subscribe(r#"["a"]"#, 7);
+    let (first, ..) = worker.recover();
+    client.subscribe(r#"["a","b"]"#, 7);
+    client.subscribe(r#"["a","b","c"]"#, 7);
+    gateway.wait_until("all is asked for", |net| net.counters().recoveries.load(Ordering::Relaxed) == 3);
+    worker.recovered(first, &notifications(&[(8, "a")]), true);
+    worker.more(first);
+    worker.recovered(first, &[], false);
+    for (name, id) in [("b", 9), ("c", 10)] {
+        let (request, channels, last) = worker.recover();
+        assert_eq!((channels, last), (vec![channel(name)], 7));
+        worker.recovered(request, &notifications(&[(id, name)]), false);
+    }
+    worker.dispatch(&notifications(&[(11, "a"), (12, "c")]));
+    assert_eq!([client.ids(), client.ids(), client.ids()], [[8], [9], [10]]);
+    assert_eq!([client.ids(), client.ids()], [[11], [12]]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -993,9 +1311,12 @@ fn in_the_thick_of_it_everything_comes_once_and_in_order() {
     feeder.join().unwrap();
 }
 
-/// Dispatches ids 1 to `last` on channel "a" and answers recoveries in between, until the gateway is gone.
+/// Dispatches ids 1 to `last` on channel "a" and answers recoveries in between, in small pages, until the gateway is
+/// gone.
 fn feed(mut worker: Worker, last: i64) {
+    const PAGE: i64 = 20;
     worker.stream.set_nonblocking(true).unwrap();
+    let mut replays = HashMap::new();
     let mut id: i64 = 0;
     let mut bytes = [0; 4096];
     loop {
@@ -1007,9 +1328,19 @@ fn feed(mut worker: Worker, last: i64) {
         }
         worker.stream.set_nonblocking(false).unwrap();
         while let Some(command) = worker.decoder.next::<Command>().unwrap() {
-            let Command::Recover { request, last, .. } = command else { panic!("{command:?}") };
-            let rows: Vec<_> = (last + 1..=id).map(|id| notification(id, "a")).collect();
-            worker.recovered(request, &rows, false);
+            let (request, had) = match command {
+                Command::Recover { request, last, .. } => (request, last),
+                Command::More { request } => (request, replays[&request]),
+                Command::Forget { request } => {
+                    replays.remove(&request);
+                    continue;
+                }
+                other => panic!("{other:?}"),
+            };
+            let end = id.min(had + PAGE);
+            replays.insert(request, end);
+            let rows: Vec<_> = (had + 1..=end).map(|id| notification(id, "a")).collect();
+            worker.recovered(request, &rows, end < id);
         }
         if id < last {
             let count = (id % 4 + 1).min(last - id);

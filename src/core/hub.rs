@@ -2,9 +2,12 @@
 //! is sure, so that a notification reaches a socket once. Decides who is sent a notification and what must be
 //! recovered; knows no sockets, no frames and no clock. Connections are numbers that the reactor gives out.
 
+mod session;
+
 use super::channel::Channel;
 use super::notification::Notification;
-use std::collections::HashMap;
+use session::{Before, Reach, Session, State, Subscription};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// The reactor's number for a connection; free for another one after [`Hub::close`].
@@ -13,23 +16,24 @@ pub type Slot = u32;
 /// Milliseconds of a clock that never goes back; only differences matter.
 pub type Moment = u64;
 
-/// What was sent longer ago than this is behind the connection's position, in milliseconds (Odoo's 10 s, ODOO_BUS §4).
-const SETTLED: Moment = 10_000;
-
-/// Channels that a connection left and that are remembered, should it come back to them (a chat opened, closed and
-/// opened again). Beyond this the position moves up instead, see [`Session::forget_left`].
-const LEFT_MAX: usize = 256;
-
-/// Late notifications remembered for a channel that was left; more than a few are never seen.
-const LATE_MAX: usize = 64;
-
 /// What a database worker is asked to replay to one connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recovery {
+    /// Its number, the same in every page of the answer.
+    pub request: u64,
     /// The channels that are new on this socket.
     pub channels: Vec<Channel>,
     /// The position of the connection, 0 for none.
     pub last: i64,
+}
+
+/// What a new subscription makes of a connection's recoveries.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Change {
+    /// Those under way that nobody waits for any more: all their channels were left.
+    pub given_up: Vec<u64>,
+    /// Those to begin.
+    pub recoveries: Vec<Recovery>,
 }
 
 /// The subscriptions of one reactor.
@@ -39,7 +43,15 @@ pub struct Hub {
     free: Vec<u32>,
     index: HashMap<u32, HashMap<Arc<Channel>, u32>>,
     sessions: Vec<Option<Session>>,
-    requests: HashMap<u64, Slot>,
+    requests: HashMap<u64, Request>,
+}
+
+/// A recovery under way.
+struct Request {
+    slot: Slot,
+    /// The last id of the last page; before it where an earlier one was broken off. None: it begins at the connection's
+    /// position.
+    after: Option<i64>,
 }
 
 /// One channel of one database and its connections.
@@ -50,104 +62,6 @@ struct Entry {
     live: Vec<Slot>,
     /// Waiting for a recovery, or gone from the channel and remembered.
     silent: Vec<Slot>,
-}
-
-/// One connection: its subscriptions in the order of their entries, and its position.
-struct Session {
-    database: u32,
-    subscriptions: Vec<Subscription>,
-    reach: Reach,
-    sent: i64,
-}
-
-/// One connection on one channel.
-struct Subscription {
-    entry: u32,
-    state: State,
-    /// Set when the connection was on this channel before.
-    before: Option<Box<Before>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    Live,
-    /// Waits for the answer to this request; until then nothing is sent, as the answer contains it.
-    Recovering(u64),
-    /// No longer subscribed.
-    Left,
-}
-
-/// What a connection had got of a channel when it left: nothing above `high`, and none of `late`.
-struct Before {
-    high: i64,
-    late: Vec<i64>,
-}
-
-impl Before {
-    fn owes(&self, id: i64) -> bool {
-        id > self.high || self.late.contains(&id)
-    }
-
-    fn missed(&mut self, id: i64) {
-        if id <= self.high && self.late.len() < LATE_MAX {
-            self.late.push(id);
-        }
-    }
-}
-
-/// How far a connection is sure: Odoo's L and H (ODOO_BUS §4), where H is kept as two generations of maxima, so that an
-/// id is behind the position 10 to 20 s after it was sent.
-#[derive(Default)]
-struct Reach {
-    /// Odoo's L.
-    last: i64,
-    /// The greatest id sent.
-    high: i64,
-    newer: i64,
-    older: i64,
-    since: Moment,
-}
-
-impl Reach {
-    fn sent(&mut self, id: i64, now: Moment) {
-        self.roll(now);
-        self.newer = self.newer.max(id);
-        self.high = self.high.max(id);
-    }
-
-    /// Moves the position past what has settled.
-    fn roll(&mut self, now: Moment) {
-        let age = now.saturating_sub(self.since);
-        if age < SETTLED {
-            return;
-        }
-        self.last = self.last.max(self.older);
-        self.older = std::mem::take(&mut self.newer);
-        if age >= 2 * SETTLED {
-            self.last = self.last.max(std::mem::take(&mut self.older));
-        }
-        self.since = now;
-    }
-}
-
-impl Session {
-    fn find(&mut self, entry: u32) -> Option<&mut Subscription> {
-        let at = self.subscriptions.binary_search_by_key(&entry, |subscription| subscription.entry).ok()?;
-        self.subscriptions.get_mut(at)
-    }
-
-    /// Bounds what is remembered of channels that were left: the position moves up to what was sent, so that coming
-    /// back to one of them still repeats nothing. Returns the entries that were given up.
-    fn forget_left(&mut self) -> Vec<u32> {
-        let left = |subscription: &Subscription| subscription.state == State::Left;
-        if self.subscriptions.iter().filter(|subscription| left(subscription)).count() <= LEFT_MAX {
-            return Vec::new();
-        }
-        self.reach.last = self.reach.last.max(self.reach.high);
-        let entries = self.subscriptions.iter().filter(|subscription| left(subscription)).map(|s| s.entry).collect();
-        self.subscriptions.retain(|subscription| !left(subscription));
-        entries
-    }
 }
 
 impl Hub {
@@ -168,47 +82,33 @@ impl Hub {
         let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::take) else { return Vec::new() };
         let mut requests = Vec::new();
         for subscription in session.subscriptions {
-            self.withdraw(slot, subscription.entry, subscription.state);
-            if let State::Recovering(request) = subscription.state
-                && self.requests.remove(&request).is_some()
-            {
-                requests.push(request);
-            }
+            self.withdraw(slot, subscription.entry, subscription.state == State::Live);
+            requests.extend(subscription.request().filter(|request| self.requests.remove(request).is_some()));
         }
         requests
     }
 
     /// Replaces a connection's channels. `last` is what the client says it has (ids), used only while the connection
-    /// has no position of its own, as in Odoo. Channels that are new on this connection stay silent until
-    /// [`Hub::recovered`] is called with `request`; None when there are none.
+    /// has no position of its own, as in Odoo. Channels that are new on this connection stay silent until the last page
+    /// of their recovery, see [`Hub::recovered`]; `number` gives each recovery its number. One is nearly always enough:
+    /// only where a replay was broken off before, its channels go on from there.
     pub fn subscribe(
         &mut self,
         slot: Slot,
         channels: Vec<Channel>,
         last: i64,
-        request: u64,
+        number: impl FnMut() -> u64,
         now: Moment,
-    ) -> Option<Recovery> {
-        let database = self.session(slot)?.database;
+    ) -> Change {
+        let Some(database) = self.database(slot) else { return Change::default() };
         let mut wanted: Vec<u32> = channels.into_iter().map(|channel| self.entry(database, channel)).collect();
         wanted.sort_unstable();
         wanted.dedup();
-        self.leave(slot, &wanted);
-        let session = self.session(slot)?;
-        session.reach.roll(now);
-        if session.reach.last == 0 {
-            session.reach.last = last;
-        }
-        let last = session.reach.last;
-        let channels: Vec<Channel> = wanted.iter().filter_map(|entry| self.join(slot, *entry, request)).collect();
-        for entry in self.session(slot)?.forget_left() {
-            self.withdraw(slot, entry, State::Left);
-        }
-        if channels.is_empty() {
-            return None;
-        }
-        self.requests.insert(request, slot);
-        Some(Recovery { channels, last })
+        let given_up = self.leave(slot, &wanted);
+        let recoveries = self.join(slot, &wanted, last, number, now).unwrap_or_default();
+        let forgotten = self.session(slot).map(Session::forget_left).unwrap_or_default();
+        forgotten.into_iter().for_each(|entry| self.withdraw(slot, entry, false));
+        Change { given_up, recoveries }
     }
 
     /// Notifications of one channel, just committed, with ascending ids: puts the connections that are to be sent them
@@ -234,15 +134,19 @@ impl Hub {
         }
     }
 
-    /// The answer to a request: makes its channels live and returns the connection with what of the answer it is to be
-    /// sent, in the answer's order. None when the connection is gone.
+    /// A page of the answer to a request. Returns the connection with what of the page it is to be sent, in the page's
+    /// order; None when nobody waits for it any more. The last page, the one without `more`, makes the channels live:
+    /// until then nothing is sent on them but the pages, which contain it all.
     pub fn recovered(
         &mut self,
         request: u64,
         notifications: Vec<Notification>,
+        more: bool,
         now: Moment,
     ) -> Option<(Slot, Vec<Notification>)> {
-        let slot = self.requests.remove(&request)?;
+        let Request { slot, after } = self.requests.get_mut(&request)?;
+        let slot = *slot;
+        *after = notifications.last().map(|last| last.id).or(*after);
         let session = self.sessions.get_mut(slot as usize)?.as_mut()?;
         let index = self.index.get(&session.database);
         let mut owed = notifications;
@@ -258,15 +162,8 @@ impl Hub {
             session.reach.sent(notification.id, now);
         }
         session.sent += owed.len() as i64;
-        for subscription in &mut session.subscriptions {
-            if subscription.state == State::Recovering(request) {
-                subscription.state = State::Live;
-                subscription.before = None;
-                if let Some(entry) = self.channels.get_mut(subscription.entry as usize) {
-                    remove(&mut entry.silent, slot);
-                    entry.live.push(slot);
-                }
-            }
+        if !more {
+            self.make_live(slot, request);
         }
         Some((slot, owed))
     }
@@ -279,7 +176,7 @@ impl Hub {
     /// How many channels a connection is subscribed to.
     pub fn subscribed(&self, slot: Slot) -> usize {
         let session = self.sessions.get(slot as usize).and_then(Option::as_ref);
-        session.map_or(0, |session| session.subscriptions.iter().filter(|s| s.state != State::Left).count())
+        session.map_or(0, |session| session.subscribed())
     }
 
     /// How many notifications a connection was sent.
@@ -311,33 +208,61 @@ impl Hub {
         at
     }
 
-    /// Puts a connection on a channel, silent until `request` is answered. None when it was there already.
-    fn join(&mut self, slot: Slot, at: u32, request: u64) -> Option<Channel> {
-        let state = State::Recovering(request);
-        let subscriptions = &mut self.session(slot)?.subscriptions;
-        match subscriptions.binary_search_by_key(&at, |subscription| subscription.entry) {
-            Ok(found) => {
-                let subscription = subscriptions.get_mut(found)?;
-                if subscription.state != State::Left {
-                    return None;
+    /// A request is answered: its channels are sent everything as it comes from now on.
+    fn make_live(&mut self, slot: Slot, request: u64) {
+        self.requests.remove(&request);
+        let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        for subscription in &mut session.subscriptions {
+            if subscription.state == State::Recovering(request) {
+                subscription.state = State::Live;
+                subscription.before = None;
+                if let Some(entry) = self.channels.get_mut(subscription.entry as usize) {
+                    remove(&mut entry.silent, slot);
+                    entry.live.push(slot);
                 }
-                subscription.state = state;
-                Some(self.channels.get(at as usize)?.channel.as_ref().clone())
-            }
-            Err(place) => {
-                subscriptions.insert(place, Subscription { entry: at, state, before: None });
-                let entry = self.channels.get_mut(at as usize)?;
-                entry.silent.push(slot);
-                Some(entry.channel.as_ref().clone())
             }
         }
     }
 
+    /// Puts a connection on those of these channels that it is not on, silent until they are recovered: from the
+    /// connection's position, or from where an earlier replay was broken off.
+    fn join(
+        &mut self,
+        slot: Slot,
+        wanted: &[u32],
+        last: i64,
+        mut number: impl FnMut() -> u64,
+        now: Moment,
+    ) -> Option<Vec<Recovery>> {
+        let session = self.sessions.get_mut(slot as usize)?.as_mut()?;
+        session.reach.roll(now);
+        if session.reach.last == 0 {
+            session.reach.last = last;
+        }
+        let last = session.reach.last;
+        let mut recoveries: BTreeMap<Option<i64>, Recovery> = BTreeMap::new();
+        for at in wanted {
+            let Some(entry) = self.channels.get_mut(*at as usize) else { continue };
+            let Some(after) = session.absent(*at) else { continue };
+            let begin = || Recovery { request: number(), channels: Vec::new(), last: after.unwrap_or(last) };
+            let recovery = recoveries.entry(after).or_insert_with(begin);
+            recovery.channels.push(entry.channel.as_ref().clone());
+            if session.await_recovery(*at, recovery.request) {
+                entry.silent.push(slot);
+            }
+        }
+        for (after, recovery) in &recoveries {
+            self.requests.insert(recovery.request, Request { slot, after: *after });
+        }
+        Some(recoveries.into_values().collect())
+    }
+
     /// Takes a connection off every channel that is not wanted any more (`wanted` ascends). What was live is
-    /// remembered; of what never came to be live nothing was sent, so it is as if it had not been asked for.
-    fn leave(&mut self, slot: Slot, wanted: &[u32]) {
-        let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::as_mut) else { return };
-        let mut gone = Vec::new();
+    /// remembered, and where a replay was broken off; a channel of which nothing was sent is as if it had not been
+    /// asked for. Returns the requests that nobody waits for any more.
+    fn leave(&mut self, slot: Slot, wanted: &[u32]) -> Vec<u64> {
+        let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::as_mut) else { return Vec::new() };
+        let (mut gone, mut broken) = (Vec::new(), HashSet::new());
         let high = session.reach.high;
         for subscription in &mut session.subscriptions {
             if wanted.binary_search(&subscription.entry).is_ok() {
@@ -345,28 +270,37 @@ impl Hub {
             }
             match subscription.state {
                 State::Live => {
-                    subscription.before = Some(Box::new(Before { high, late: Vec::new() }));
+                    subscription.before = Some(Box::new(Before::new(high)));
                     if let Some(entry) = self.channels.get_mut(subscription.entry as usize) {
                         remove(&mut entry.live, slot);
                         entry.silent.push(slot);
                     }
-                    subscription.state = State::Left;
+                    subscription.state = State::Left(None);
                 }
-                State::Recovering(_) if subscription.before.is_some() => subscription.state = State::Left,
-                State::Recovering(_) => gone.push(subscription.entry),
-                State::Left => {}
+                State::Recovering(request) => {
+                    broken.insert(request);
+                    let after = self.requests.get(&request).and_then(|request| request.after);
+                    if after.is_some() || subscription.before.is_some() {
+                        subscription.state = State::Left(after);
+                    } else {
+                        gone.push(subscription.entry);
+                    }
+                }
+                State::Left(_) => {}
             }
         }
         session.subscriptions.retain(|subscription| gone.binary_search(&subscription.entry).is_err());
-        for entry in gone {
-            self.withdraw(slot, entry, State::Left);
-        }
+        session.subscriptions.iter().filter_map(Subscription::request).for_each(|request| {
+            broken.remove(&request);
+        });
+        gone.into_iter().for_each(|entry| self.withdraw(slot, entry, false));
+        broken.into_iter().filter(|request| self.requests.remove(request).is_some()).collect()
     }
 
     /// Takes a connection off an entry's lists and drops the entry when nobody is left.
-    fn withdraw(&mut self, slot: Slot, at: u32, state: State) {
+    fn withdraw(&mut self, slot: Slot, at: u32, live: bool) {
         let Some(entry) = self.channels.get_mut(at as usize) else { return };
-        remove(if state == State::Live { &mut entry.live } else { &mut entry.silent }, slot);
+        remove(if live { &mut entry.live } else { &mut entry.silent }, slot);
         if entry.live.is_empty() && entry.silent.is_empty() {
             if let Some(index) = self.index.get_mut(&entry.database) {
                 index.remove(&entry.channel);

@@ -60,6 +60,11 @@ impl History {
         self.bookmarks.push_back((at, position));
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.bookmarks.is_empty()
+    }
+
     /// The newest one.
     pub fn newest(&self) -> Option<&Position> {
         self.bookmarks.back().map(|(_, position)| position)

@@ -118,7 +118,7 @@ impl Replay {
     }
 
     fn passes(&self, id: i64) -> bool {
-        id > self.last || !self.before.covers(id)
+        id > self.last || id < self.last && !self.before.covers(id)
     }
 
     fn walk(&mut self, tracker: &Tracker) -> Step {

@@ -8,6 +8,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// Names of transactions that run; the caller's.
 pub type Holders = HashSet<u64>;
 
+/// A look for the rows of gaps, by the groups there were when it began.
+#[derive(Clone, Copy, Debug)]
+pub struct Look(u64);
+
 /// The bookkeeping.
 #[derive(Clone, Debug, Default)]
 pub struct Tracker {
@@ -111,11 +115,16 @@ impl Tracker {
         self.open(covered, holders);
     }
 
+    /// Begins a look for the rows of gaps; gaps found from now on are no part of it. Say [`Tracker::settle`] at its end.
+    pub fn begin_look(&self) -> Look {
+        Look(self.next_group)
+    }
+
     /// Forgets gaps that nobody can fill any more. `running` are the transactions that ran before the rows of the gaps
-    /// were last looked for, so whoever ended before that was seen.
-    pub fn settle(&mut self, running: &Holders) {
+    /// were looked for, so whoever ended before that was seen.
+    pub fn settle(&mut self, look: Look, running: &Holders) {
         let before = self.groups.len();
-        self.groups.retain(|_, holders| !holders.is_disjoint(running));
+        self.groups.retain(|group, holders| *group >= look.0 || !holders.is_disjoint(running));
         if self.groups.len() < before {
             let groups = &self.groups;
             self.gaps.retain(|_, (_, group)| groups.contains_key(group));

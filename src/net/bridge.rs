@@ -3,8 +3,8 @@
 
 use super::batch::Batch;
 use super::counters::Counters;
-use super::links::Recover;
 use super::reactor::{Parts, Reactor};
+use super::replays::Ask;
 use crate::core::link::Connection;
 use crate::core::notification::Notification;
 use crate::core::settings::{Database, Settings};
@@ -108,6 +108,7 @@ pub(super) enum Note {
     Recovered {
         request: u64,
         notifications: Vec<Notification>,
+        more: bool,
     },
     /// Who is connected; the answer goes to reactor 0.
     Inspect {
@@ -118,11 +119,13 @@ pub(super) enum Note {
         inquiry: u64,
         connections: Vec<Connection>,
     },
-    /// To reactor 0, for the link of a database.
-    Recover {
+    /// To reactor 0, for the link of a database: a connection of this reactor asks for a page of a replay.
+    Ask {
         database: u32,
-        recover: Recover,
+        reactor: usize,
+        ask: Ask,
     },
+    /// To reactor 0: nobody waits for this replay any more.
     Forget {
         database: u32,
         request: u64,

@@ -5,6 +5,7 @@ use super::Env;
 use super::counters::Counters;
 use super::http::{self, Served};
 use super::outbound::{Flow, Full, Kind};
+use super::replays::Replays;
 use super::socket::Socket;
 use super::websocket::{Due, Heard, Websocket};
 use crate::core::channel::Channel;
@@ -37,6 +38,8 @@ pub struct Connection {
     pub address: SocketAddr,
     pub accepted: Moment,
     pub socket: Socket,
+    /// What its database is still asked for.
+    pub replays: Replays,
     /// Earliest timer set for it.
     pub armed: Moment,
     /// Whether it is in the reactor's list of those to be written to.
@@ -96,6 +99,7 @@ impl Connection {
             address,
             accepted: now,
             socket: Socket::new(tcp),
+            replays: Replays::default(),
             armed: Moment::MAX,
             dirty: false,
             again: false,

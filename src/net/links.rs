@@ -1,23 +1,21 @@
-//! The links of all databases: who is connected, how far each database was seen, and which recoveries are asked for.
-//! Decides what is kept when a link is lost (the position, the unanswered recoveries) and what is said again when it is
-//! back. Turns what comes in into [`LinkEvent`]s, in the order of each link.
+//! The links of all databases: who is connected, and what is said to whom; what is known of a database itself, with or
+//! without a link, is its [`Desk`]'s. Turns what comes in into [`LinkEvent`]s, in the order of each link.
+
+mod desk;
 
 use super::batch::Batch;
 use super::link::{Link, Peer, Reason};
-use crate::core::channel::Channel;
+use super::replays::Ask;
 use crate::core::hub::Moment;
 use crate::core::link::{self, Command, Connection, Event};
 use crate::core::notification::Notification;
-use crate::core::position::Position;
 use crate::core::settings::Database;
+use desk::Desk;
 use mio::net::UnixStream;
 use mio::{Registry, Token};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-
-/// Recoveries that one database works on at once (SPEC section 11).
-const AT_ONCE: usize = 4;
 
 /// How long a link may take to say who it is, in milliseconds.
 const HELLO_WAIT: Moment = 10_000;
@@ -39,10 +37,12 @@ pub enum LinkEvent {
     /// It is gone.
     Down(u32),
     Batch(Arc<Batch>),
+    /// A page of a replay, for a connection of this reactor.
     Recovered {
         reactor: usize,
         request: u64,
         notifications: Vec<Notification>,
+        more: bool,
     },
     Emit(Vec<String>),
     Inspect {
@@ -51,26 +51,6 @@ pub enum LinkEvent {
     },
     /// Something to be logged as a warning.
     Complaint(String),
-}
-
-/// A recovery for a connection of one of the reactors.
-pub struct Recover {
-    pub reactor: usize,
-    pub request: u64,
-    pub channels: Vec<Channel>,
-    pub last: i64,
-}
-
-/// What is known of one database.
-#[derive(Default)]
-struct Desk {
-    link: Option<usize>,
-    /// After the last dispatch that was seen.
-    position: Option<Position>,
-    waiting: VecDeque<Recover>,
-    /// Said to the worker, with what was answered so far. Passed on whole: an answer cut off by the loss of the link
-    /// is asked for again from its beginning.
-    running: VecDeque<(Recover, Vec<Notification>)>,
 }
 
 /// All links.
@@ -142,17 +122,23 @@ impl Links {
         next
     }
 
-    /// Asks for a recovery, now or when the worker is there.
-    pub fn recover(&mut self, database: u32, recover: Recover) {
-        self.desks.entry(database).or_default().waiting.push_back(recover);
+    /// A connection of a reactor asks for a page of a replay: it is asked for now, or when there is a place for it.
+    pub fn ask(&mut self, database: u32, reactor: usize, ask: Ask) {
+        self.desks.entry(database).or_default().ask(reactor, ask);
         self.pump(database);
     }
 
-    /// Nobody waits for this recovery any more.
+    /// Nobody waits for this replay any more.
     pub fn forget(&mut self, database: u32, request: u64) {
-        if let Some(desk) = self.desks.get_mut(&database) {
-            desk.waiting.retain(|recover| recover.request != request);
+        let Some(desk) = self.desks.get_mut(&database) else { return };
+        if desk.forget(request)
+            && let Some(place) = desk.link
+            && let Some(link) = self.links.get_mut(place).and_then(Option::as_mut)
+        {
+            let _ = link.say(&Command::Forget { request });
+            self.ready(place);
         }
+        self.pump(database);
     }
 
     /// Answers an inspector and hangs up on it.
@@ -172,7 +158,7 @@ impl Links {
             if !databases.iter().any(|database| database.oid == *oid) {
                 desk.position = None;
             }
-            desk.link.is_some() || desk.position.is_some() || !desk.waiting.is_empty()
+            !desk.is_empty()
         });
     }
 
@@ -228,21 +214,12 @@ impl Links {
         }
     }
 
-    /// A worker answers a recovery, with more to come or not.
-    fn answered(&mut self, database: u32, request: u64, mut part: Vec<Notification>, more: bool) {
-        let desk = self.desks.entry(database).or_default();
-        let Some(at) = desk.running.iter().position(|(recover, _)| recover.request == request) else { return };
-        if let Some((_, parts)) = desk.running.get_mut(at) {
-            parts.append(&mut part);
-        }
-        if more {
-            if let Some(link) = desk.link.and_then(|place| self.links.get_mut(place)).and_then(Option::as_mut) {
-                let _ = link.say(&Command::More { request });
-            }
-            return;
-        }
-        if let Some((Recover { reactor, .. }, notifications)) = desk.running.remove(at) {
-            self.events.push(LinkEvent::Recovered { reactor, request, notifications });
+    /// A page of a replay has come. One of which nobody knows, or that nobody waits for any more, is dropped.
+    fn answered(&mut self, database: u32, request: u64, notifications: Vec<Notification>, more: bool) {
+        let Some(desk) = self.desks.get_mut(&database) else { return };
+        let last = notifications.last().map(|notification| notification.id);
+        if let Some(reactor) = desk.answered(request, last, more) {
+            self.events.push(LinkEvent::Recovered { reactor, request, notifications, more });
         }
         self.pump(database);
     }
@@ -264,19 +241,20 @@ impl Links {
         self.flush(place)
     }
 
-    /// Says as many recoveries as may run.
+    /// Asks a worker for as many pages as there are places.
     fn pump(&mut self, database: u32) {
         let Some(desk) = self.desks.get_mut(&database) else { return };
         let Some(place) = desk.link else { return };
         let Some(link) = self.links.get_mut(place).and_then(Option::as_mut) else { return };
-        while desk.running.len() < AT_ONCE {
-            let Some(recover) = desk.waiting.pop_front() else { break };
-            let Recover { request, ref channels, last, .. } = recover;
-            if link.say(&Command::Recover { request, channels: channels.clone(), last }).is_ok() {
-                desk.running.push_back((recover, Vec::new()));
-            }
+        let mut has_said = false;
+        while let Some(command) = desk.next() {
+            // Never too long: a client says what it wants in 1 MiB.
+            let _ = link.say(&command);
+            has_said = true;
         }
-        self.ready(place);
+        if has_said {
+            self.ready(place);
+        }
     }
 
     fn flush(&mut self, place: usize) -> Result<(), Reason> {
@@ -304,10 +282,7 @@ impl Links {
         }
         let Peer::Database(database) = link.peer else { return };
         let Some(desk) = self.desks.get_mut(&database).filter(|desk| desk.link == Some(place)) else { return };
-        desk.link = None;
-        while let Some((recover, _)) = desk.running.pop_back() {
-            desk.waiting.push_front(recover);
-        }
+        desk.lose();
         self.events.push(LinkEvent::Down(database));
     }
 }

@@ -19,6 +19,7 @@ mod listener;
 mod origin;
 mod outbound;
 mod reactor;
+mod replays;
 mod socket;
 mod timers;
 mod websocket;

@@ -232,12 +232,8 @@ impl Reactor {
     fn leave(&mut self, slot: Slot) {
         let Some(database) = self.hub.database(slot) else { return };
         Counters::less(&self.env.counters.connections_open);
-        for request in self.hub.close(slot) {
-            match &mut self.front {
-                Some(front) => front.links.forget(database, request),
-                None => self.tell_front(Note::Forget { database, request }),
-            }
-        }
+        let unanswered = self.hub.close(slot);
+        self.give_up(slot, database, unanswered);
     }
 
     fn remove(&mut self, slot: Slot) {
@@ -313,7 +309,7 @@ impl Reactor {
         }
     }
 
-    /// Asks the poll for writability as long as something waits, and sets the timer.
+    /// Asks the poll for writability as long as something waits, sets the timer, and lets a replay go on.
     fn after_write(&mut self, slot: Slot, flow: Flow) {
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         let wants_write = flow == Flow::Blocked;
@@ -332,5 +328,6 @@ impl Reactor {
         if flow == Flow::Paused {
             self.mark(slot);
         }
+        self.replay_on(slot);
     }
 }

@@ -13,6 +13,11 @@ fn at(high: i64) -> Position {
 }
 
 impl Tracker {
+    fn looked(&mut self, running: &[u64]) {
+        let look = self.begin_look();
+        self.settle(look, &set(running));
+    }
+
     fn read(&mut self, ids: &[i64], holders: &[u64]) {
         self.dispatched(&rows(ids), i64::MAX, || set(holders), 0, u64::MAX);
     }
@@ -23,12 +28,23 @@ fn a_skipped_id_is_waited_for_until_its_transactions_end() {
     let mut tracker = Tracker::new(at(10), set(&[]), 1);
     tracker.read(&[11, 14], &[7]);
     assert_eq!((tracker.high(), tracker.ranges()), (14, vec![(12, 13)]));
-    tracker.settle(&set(&[7, 8]));
+    tracker.looked(&[7, 8]);
     tracker.read(&[13], &[]);
     assert_eq!(tracker.ranges(), vec![(12, 12)]);
-    tracker.settle(&set(&[8]));
+    tracker.looked(&[8]);
     assert_eq!(tracker.gaps(), 0);
     assert!(tracker.position(0).covers(12));
+}
+
+#[test]
+fn a_gap_found_while_a_look_is_under_way_is_no_part_of_it() {
+    let mut tracker = Tracker::new(at(10), set(&[]), 1);
+    let look = tracker.begin_look();
+    tracker.read(&[12], &[7]);
+    tracker.settle(look, &set(&[]));
+    assert_eq!(tracker.ranges(), vec![(11, 11)]);
+    tracker.looked(&[]);
+    assert_eq!(tracker.gaps(), 0);
 }
 
 #[test]
@@ -38,7 +54,7 @@ fn rows_may_come_in_any_order() {
     assert_eq!((tracker.high(), tracker.ranges()), (9, vec![(1, 1), (3, 4), (6, 8)]));
     tracker.read(&[4, 12, 7], &[8]);
     assert_eq!(tracker.ranges(), vec![(1, 1), (3, 3), (6, 6), (8, 8), (10, 11)]);
-    tracker.settle(&set(&[8]));
+    tracker.looked(&[8]);
     assert_eq!(tracker.ranges(), vec![(10, 11)]);
 }
 
@@ -55,7 +71,7 @@ fn what_a_prepared_transaction_holds_is_waited_for_again() {
     let mut tracker = Tracker::new(at(10), set(&[]), 1);
     tracker.read(&[14], &[7]);
     tracker.promised((9, 16), || set(&[5]));
-    tracker.settle(&set(&[5]));
+    tracker.looked(&[5]);
     assert_eq!(tracker.ranges(), vec![(9, 9), (10, 10), (14, 14)]);
 }
 
@@ -103,18 +119,22 @@ mod model {
                 let running = |ended: &[i64]| -> Holders {
                     (1..=40u64).filter(|id| !ended.contains(&(*id as i64))).collect()
                 };
-                let before = running(&ended);
+                let (before, look) = (running(&ended), tracker.begin_look());
                 let position = tracker.position(0);
                 let fresh = ended.iter().copied().filter(|id| !lost.contains(id) && !position.covers(*id));
                 let mut found: Vec<i64> = fresh.collect();
                 if !ring {
                     found.sort_unstable();
                 }
-                // More end between the read and the question who runs.
+                // More end between the read and the question who runs; the ring brings some of them at once.
+                let since = ended.len();
                 ended.extend(coming.by_ref().take(step));
-                tracker.settle(&before);
+                let announced: Vec<i64> = ended[since..].iter().copied().filter(|id| ring && !lost.contains(id)).collect();
                 let holders = running(&ended);
-                tracker.dispatched(&rows(&found), i64::MAX, || holders, 0, u64::MAX);
+                tracker.dispatched(&rows(&announced), i64::MAX, || holders.clone(), 0, u64::MAX);
+                tracker.dispatched(&rows(&found), i64::MAX, || holders.clone(), 0, u64::MAX);
+                tracker.settle(look, &before);
+                sent.extend(announced);
                 sent.extend(found);
             }
             // Whoever ended since has been seen by nobody yet.
@@ -122,14 +142,14 @@ mod model {
                 let position = tracker.position(0);
                 let found: Vec<i64> =
                     ended.iter().copied().filter(|id| !lost.contains(id) && !position.covers(*id)).collect();
-                tracker.settle(&set(&[]));
+                tracker.looked(&[]);
                 tracker.dispatched(&rows(&found), i64::MAX, Holders::new, 0, u64::MAX);
                 sent.extend(found);
             }
             sent.sort_unstable();
             let all: Vec<i64> = (1..=40).filter(|id| !lost.contains(id)).collect();
             prop_assert_eq!(sent, all);
-            tracker.settle(&set(&[]));
+            tracker.looked(&[]);
             prop_assert_eq!(tracker.gaps(), 0);
         }
     }

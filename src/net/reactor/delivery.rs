@@ -2,14 +2,13 @@
 
 use super::Reactor;
 use crate::core::channel::Channel;
-use crate::core::hub::Slot;
+use crate::core::hub::{Change, Slot};
 use crate::core::notification::Notification;
 use crate::core::protocol::{self, CHANNELS_MAX, Close, CloseCode, Frame};
 use crate::net::auth::Admission;
 use crate::net::batch::Batch;
 use crate::net::bridge::Note;
 use crate::net::counters::Counters;
-use crate::net::links::Recover;
 use crate::net::outbound::Kind;
 use std::sync::atomic::Ordering;
 
@@ -36,13 +35,42 @@ impl Reactor {
             let reason = format!("channel not allowed: {}", channel.as_str());
             return self.close(slot, &Close::new(CloseCode::Forbidden, reason));
         }
-        let request = self.numbers.request.fetch_add(1, Ordering::Relaxed);
-        let Some(recovery) = self.hub.subscribe(slot, channels, last, request, self.env.now) else { return };
+        let number = || self.numbers.request.fetch_add(1, Ordering::Relaxed);
+        let Change { given_up, recoveries } = self.hub.subscribe(slot, channels, last, number, self.env.now);
+        self.give_up(slot, database, given_up);
+        if recoveries.is_empty() {
+            return;
+        }
         Counters::add(&self.env.counters.recoveries, 1);
-        let recover = Recover { reactor: self.index, request, channels: recovery.channels, last: recovery.last };
+        if let Some(connection) = self.get(slot) {
+            recoveries.into_iter().for_each(|recovery| connection.replays.begin(recovery));
+        }
+        self.mark(slot);
+    }
+
+    /// Asks for the next page of a connection's replays when it has room for one.
+    pub(super) fn replay_on(&mut self, slot: Slot) {
+        let Some(connection) = self.get(slot) else { return };
+        let Some(ask) = connection.replays.next(connection.socket.out.len()) else { return };
+        let Some(database) = self.hub.database(slot) else { return };
+        let reactor = self.index;
         match &mut self.front {
-            Some(front) => front.links.recover(database, recover),
-            None => self.tell_front(Note::Recover { database, recover }),
+            Some(front) => front.links.ask(database, reactor, ask),
+            None => self.tell_front(Note::Ask { database, reactor, ask }),
+        }
+    }
+
+    /// Nobody waits for these replays of a connection any more.
+    pub(super) fn give_up(&mut self, slot: Slot, database: u32, mut requests: Vec<u64>) {
+        requests.sort_unstable();
+        if let Some(connection) = self.get(slot) {
+            connection.replays.forget(&requests);
+        }
+        for request in requests {
+            match &mut self.front {
+                Some(front) => front.links.forget(database, request),
+                None => self.tell_front(Note::Forget { database, request }),
+            }
         }
     }
 
@@ -77,9 +105,10 @@ impl Reactor {
         self.mark(slot);
     }
 
-    /// A recovery is answered: what of it is owed goes out, and its channels are live from now on.
-    pub(super) fn recovered(&mut self, request: u64, notifications: Vec<Notification>) {
-        let Some((slot, owed)) = self.hub.recovered(request, notifications, self.env.now) else { return };
+    /// A page of a replay: what of it is owed goes out. Where the connection is to say when it has taken it in, that is
+    /// found out after the write at the end of this turn, or of a later one.
+    pub(super) fn recovered(&mut self, request: u64, notifications: Vec<Notification>, more: bool) {
+        let Some((slot, owed)) = self.hub.recovered(request, notifications, more, self.env.now) else { return };
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         for range in protocol::runs(&owed, false) {
             let run = owed.get(range).unwrap_or_default();
@@ -88,6 +117,7 @@ impl Reactor {
             let _ = connection.send(&frame, Kind::Exempt, &self.env);
             Counters::add(&self.env.counters.frames_sent, 1);
         }
+        connection.replays.answered(request, more, owed.is_empty());
         Counters::add(&self.env.counters.notifications_sent, owed.len());
         self.mark(slot);
     }

@@ -37,10 +37,12 @@ impl Reactor {
                 self.peers.iter().skip(1).for_each(|peer| peer.tell(Note::Batch(batch.clone())));
                 self.deliver(&batch);
             }
-            LinkEvent::Recovered { reactor: 0, request, notifications } => self.recovered(request, notifications),
-            LinkEvent::Recovered { reactor, request, notifications } => {
+            LinkEvent::Recovered { reactor: 0, request, notifications, more } => {
+                self.recovered(request, notifications, more);
+            }
+            LinkEvent::Recovered { reactor, request, notifications, more } => {
                 if let Some(peer) = self.peers.get(reactor) {
-                    peer.tell(Note::Recovered { request, notifications });
+                    peer.tell(Note::Recovered { request, notifications, more });
                 }
             }
             LinkEvent::Inspect { link, database } => {

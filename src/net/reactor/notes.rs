@@ -35,7 +35,7 @@ impl Reactor {
             Note::Net(ToNet::Stop) => self.stop(),
             Note::Accepted { tcp, address, refused } => self.accepted(tcp, address, refused),
             Note::Batch(batch) => self.deliver(&batch),
-            Note::Recovered { request, notifications } => self.recovered(request, notifications),
+            Note::Recovered { request, notifications, more } => self.recovered(request, notifications, more),
             Note::Inspect { inquiry, database } => {
                 let connections = self.inspect(database);
                 self.tell_front(Note::Inspected { inquiry, connections });
@@ -45,9 +45,9 @@ impl Reactor {
                     front.inquired(inquiry, connections);
                 }
             }
-            Note::Recover { database, recover } => {
+            Note::Ask { database, reactor, ask } => {
                 if let Some(front) = &mut self.front {
-                    front.links.recover(database, recover);
+                    front.links.ask(database, reactor, ask);
                 }
             }
             Note::Forget { database, request } => {

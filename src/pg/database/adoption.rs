@@ -45,7 +45,9 @@ impl Database {
         self.history = transaction::run(|| own.load_bookmarks(retention))?;
         let ours = |table: u32| table == own.oid() || odoo.as_ref().is_some_and(|odoo| odoo.oid() == table);
         let resumed = self.resume_from.take().filter(|position| ours(position.table));
-        self.is_catching_up = resumed.is_none();
+        self.is_catching_up = resumed.is_none() && !self.history.is_empty();
+        // What was committed before the ring is read from is older than what will be found in it.
+        self.is_overrun = resumed.is_none();
         let head = ring::get().map_or(0, |ring| ring.head());
         let position = match (resumed, self.history.newest()) {
             (Some(position), _) => position,

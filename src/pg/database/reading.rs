@@ -127,7 +127,8 @@ impl Database {
     /// Looks at the table itself. What the ring has by then goes first: whatever is visible and not in it by now has
     /// committed after all of that, or was never to come into it (doc of core::ring).
     fn look(&mut self) -> Result<(), Failure> {
-        let Some(bus) = self.bus.clone() else { return Ok(()) };
+        let (Some(bus), Some(tracker)) = (self.bus.clone(), &self.tracker) else { return Ok(()) };
+        let look = tracker.begin_look();
         self.last_look = Instant::now();
         // Whoever ended before the snapshot is taken is seen by it.
         let before = bus.holders();
@@ -147,7 +148,7 @@ impl Database {
         }
         self.hand_on(rows);
         let Some(tracker) = &mut self.tracker else { return Ok(()) };
-        tracker.settle(&before);
+        tracker.settle(look, &before);
         self.look_due = more.is_some();
         if more.is_none() && std::mem::take(&mut self.is_catching_up) {
             tracker.journal.begin_exact();
