@@ -94,7 +94,7 @@ impl Journal {
         &mut self,
         entries: impl IntoIterator<Item = Entry>,
         position: impl FnOnce() -> Position,
-        needed: u64,
+        needed: impl FnOnce() -> u64,
     ) {
         if self.chunks.back().is_none_or(|(at, _)| self.end() >= at + CHUNK) {
             self.chunks.push_back((self.end(), position()));
@@ -103,7 +103,9 @@ impl Journal {
             self.index.insert(entry.id, self.end());
             self.entries.push_back(entry);
         }
-        self.trim(needed);
+        if self.entries.len() > KEPT + CHUNK as usize {
+            self.trim(needed());
+        }
     }
 
     /// Forgets the entries from this number on: nobody has seen them.
@@ -153,7 +155,7 @@ mod tests {
 
     fn add(journal: &mut Journal, ids: std::ops::RangeInclusive<i64>, needed: u64) {
         for id in ids {
-            journal.extend([entry(id)], || Position { high: id - 1, ..Position::default() }, needed);
+            journal.extend([entry(id)], || Position { high: id - 1, ..Position::default() }, || needed);
         }
     }
 
@@ -166,7 +168,7 @@ mod tests {
         let mut journal = Journal::new(Position::default());
         add(&mut journal, 5..=7, 0);
         assert!(journal.holds(6, 1) && !journal.holds(6, 2) && !journal.holds(8, 1));
-        journal.extend([Entry { id: 6, xmin: 2, channel: 0 }], Position::default, 0);
+        journal.extend([Entry { id: 6, xmin: 2, channel: 0 }], Position::default, || 0);
         assert!(journal.holds(6, 2) && !journal.holds(6, 1));
         assert_eq!(journal.find(6), Some(3));
         assert_eq!(ids(&journal, 1..9), [6, 7, 6]);

@@ -86,6 +86,9 @@ pub fn encode(message: &impl Serialize) -> Option<Vec<u8>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 
+/// Bytes a decoder keeps room for, whatever giant it has seen.
+const KEPT: usize = 1 << 16;
+
 /// Collects bytes and hands out whole messages.
 #[derive(Debug, Default)]
 pub struct Decoder {
@@ -116,9 +119,10 @@ impl Decoder {
         let Some(frame) = body.get(..length) else { return Ok(None) };
         let message = postcard::from_bytes(frame).map_err(|_| Malformed)?;
         self.read += 4 + length;
-        if self.read > 1 << 16 {
+        if self.read > KEPT {
             self.bytes.drain(..self.read);
             self.read = 0;
+            self.bytes.shrink_to(KEPT.max(2 * self.bytes.len()));
         }
         Ok(Some(message))
     }

@@ -84,7 +84,7 @@ impl Tracker {
         drawn: i64,
         holders: impl FnOnce() -> Holders,
         ring: u64,
-        needed: u64,
+        needed: impl FnOnce() -> u64,
     ) {
         let mut journal = std::mem::take(&mut self.journal);
         journal.extend(rows.iter().copied(), || self.position_before(ring), needed);

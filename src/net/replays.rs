@@ -1,9 +1,11 @@
 //! What one connection asks of its database: its recoveries, one after the other and a page at a time, each page only
 //! when the peer has taken in what it was sent before. So what waits for a slow peer waits in the database, and however
 //! many recoveries a hostile one asks for, one page is on its way. Pages of two recoveries never mix: to a client that
-//! comes back with the last id of the one, the rest of the other would be lost. Knows no sockets and no links.
+//! comes back with the last id of the one, the rest of the other would be lost. For the same reason what is sent live on
+//! its other channels waits for their end. Knows no sockets and no links.
 
 use crate::core::hub::Recovery;
+use crate::core::protocol::Frame;
 use std::collections::VecDeque;
 
 /// A connection with less than this in its outbound queue, in bytes, is ready for a page. It is what a frame holds of
@@ -29,7 +31,14 @@ pub struct Replays {
     asked: Option<u64>,
     /// The page before added nothing to the queue: the next is asked for whatever waits there.
     was_empty: bool,
+    /// Live frames that wait for the end of the recoveries, and their bytes.
+    held: Vec<Frame>,
+    held_bytes: usize,
 }
+
+/// More is sent live than may wait for the end of a replay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMuch;
 
 impl Ask {
     fn request(&self) -> u64 {
@@ -55,6 +64,33 @@ impl Replays {
         let ask = self.waiting.pop_front()?;
         self.asked = Some(ask.request());
         Some(ask)
+    }
+
+    /// Whether there are pages to come.
+    pub fn is_running(&self) -> bool {
+        self.asked.is_some() || !self.waiting.is_empty()
+    }
+
+    /// Keeps a live frame until the recoveries have ended; at most so many bytes, but one of any size.
+    ///
+    /// # Errors
+    /// They would be more: the client had better come back with the last id it has got.
+    pub fn hold(&mut self, frame: Frame, limit: usize) -> Result<(), TooMuch> {
+        if !self.held.is_empty() && self.held_bytes + frame.len() > limit {
+            return Err(TooMuch);
+        }
+        self.held_bytes += frame.len();
+        self.held.push(frame);
+        Ok(())
+    }
+
+    /// The live frames that were kept, once the recoveries have ended.
+    pub fn release(&mut self) -> Vec<Frame> {
+        if self.is_running() {
+            return Vec::new();
+        }
+        self.held_bytes = 0;
+        std::mem::take(&mut self.held)
     }
 
     /// A page has come, perhaps one that was not asked for; `is_empty` when nothing of it went into the queue.
@@ -128,6 +164,23 @@ mod tests {
         assert_eq!(replays.next(0), None);
         replays.answered(1, false, false);
         assert_eq!((replays.next(0), replays.asked), (None, None));
+    }
+
+    #[test]
+    fn live_frames_wait_for_the_end_and_are_bounded() {
+        let frame = |text: &str| Frame::from(text.as_bytes());
+        let mut replays = Replays::default();
+        replays.begin(recovery(1));
+        assert!(replays.is_running());
+        assert_eq!(replays.hold(frame("a giant"), 3), Ok(()));
+        assert_eq!(replays.hold(frame("b"), 3), Err(TooMuch));
+        replays.next(0);
+        replays.answered(1, true, false);
+        assert!(replays.release().is_empty());
+        replays.next(0);
+        replays.answered(1, false, false);
+        assert_eq!(replays.release(), [frame("a giant")]);
+        assert!(!replays.is_running() && replays.release().is_empty());
     }
 
     #[test]

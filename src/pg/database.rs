@@ -284,7 +284,14 @@ impl Database {
         }
         let Some(link) = &mut self.link else { return };
         match link.flush().and_then(|()| link.receive()) {
-            Ok(commands) => commands.into_iter().for_each(|command| self.obey(command)),
+            Ok(commands) => {
+                for command in commands {
+                    // What a link said that is gone since means nothing to the next one.
+                    if self.link.is_some() {
+                        self.obey(command);
+                    }
+                }
+            }
             Err(_) => self.hang_up(),
         }
     }

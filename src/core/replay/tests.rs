@@ -27,7 +27,7 @@ impl Worker {
         self.clock += 1;
         self.table.insert(id, channel);
         self.order.push(id);
-        self.tracker.dispatched(&[Entry { id, xmin: 1, channel }], i64::MAX, || [1].into(), 0, needed);
+        self.tracker.dispatched(&[Entry { id, xmin: 1, channel }], i64::MAX, || [1].into(), 0, || needed);
         if self.clock % 5 == 0 {
             self.history.push(self.clock, self.tracker.position(0));
         }
@@ -40,7 +40,7 @@ impl Worker {
         self.tracker = Tracker::new(position, Default::default(), 2);
         for id in again {
             let channel = self.table[&id];
-            self.tracker.dispatched(&[Entry { id, xmin: 1, channel }], i64::MAX, Default::default, 0, u64::MAX);
+            self.tracker.dispatched(&[Entry { id, xmin: 1, channel }], i64::MAX, Default::default, 0, || u64::MAX);
         }
         self.tracker.journal.begin_exact();
     }

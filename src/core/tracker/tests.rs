@@ -19,7 +19,7 @@ impl Tracker {
     }
 
     fn read(&mut self, ids: &[i64], holders: &[u64]) {
-        self.dispatched(&rows(ids), i64::MAX, || set(holders), 0, u64::MAX);
+        self.dispatched(&rows(ids), i64::MAX, || set(holders), 0, || u64::MAX);
     }
 }
 
@@ -131,8 +131,8 @@ mod model {
                 ended.extend(coming.by_ref().take(step));
                 let announced: Vec<i64> = ended[since..].iter().copied().filter(|id| ring && !lost.contains(id)).collect();
                 let holders = running(&ended);
-                tracker.dispatched(&rows(&announced), i64::MAX, || holders.clone(), 0, u64::MAX);
-                tracker.dispatched(&rows(&found), i64::MAX, || holders.clone(), 0, u64::MAX);
+                tracker.dispatched(&rows(&announced), i64::MAX, || holders.clone(), 0, || u64::MAX);
+                tracker.dispatched(&rows(&found), i64::MAX, || holders.clone(), 0, || u64::MAX);
                 tracker.settle(look, &before);
                 sent.extend(announced);
                 sent.extend(found);
@@ -143,7 +143,7 @@ mod model {
                 let found: Vec<i64> =
                     ended.iter().copied().filter(|id| !lost.contains(id) && !position.covers(*id)).collect();
                 tracker.looked(&[]);
-                tracker.dispatched(&rows(&found), i64::MAX, Holders::new, 0, u64::MAX);
+                tracker.dispatched(&rows(&found), i64::MAX, Holders::new, 0, || u64::MAX);
                 sent.extend(found);
             }
             sent.sort_unstable();

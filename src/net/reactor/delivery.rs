@@ -66,6 +66,7 @@ impl Reactor {
         if let Some(connection) = self.get(slot) {
             connection.replays.forget(&requests);
         }
+        self.release(slot);
         for request in requests {
             match &mut self.front {
                 Some(front) => front.links.forget(database, request),
@@ -93,6 +94,13 @@ impl Reactor {
     /// Puts a live frame into a connection's queue, or closes the connection when it reads too slowly.
     pub(super) fn send(&mut self, slot: Slot, frame: &Frame) {
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        if connection.replays.is_running() {
+            if connection.replays.hold(frame.clone(), self.env.settings.send_queue_max).is_err() {
+                let close = Close::new(CloseCode::Restart, "more is sent than can wait for the end of a replay");
+                self.close(slot, &close);
+            }
+            return;
+        }
         let mut sent = connection.send(frame, Kind::Live, &self.env);
         if sent.is_err() && connection.flush(&self.env).is_ok() {
             // Much may be said in one turn; only what the socket does not take makes a slow consumer.
@@ -119,6 +127,15 @@ impl Reactor {
         }
         connection.replays.answered(request, more, owed.is_empty());
         Counters::add(&self.env.counters.notifications_sent, owed.len());
+        self.release(slot);
         self.mark(slot);
+    }
+
+    /// What was sent live during a connection's replays goes out when they have ended. It was bounded when it was held.
+    fn release(&mut self, slot: Slot) {
+        let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        for frame in connection.replays.release() {
+            let _ = connection.send(&frame, Kind::Exempt, &self.env);
+        }
     }
 }

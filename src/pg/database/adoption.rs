@@ -159,7 +159,7 @@ impl Database {
         let renumbered = moved.iter().filter(|row| row.id != row.old && position.covers(row.old));
         let entries: Vec<Entry> = renumbered.map(|row| Entry { id: row.id, xmin: row.xmin, channel: 0 }).collect();
         if !entries.is_empty() {
-            tracker.dispatched(&entries, i64::MAX, || bus.holders(), ring, 0);
+            tracker.dispatched(&entries, i64::MAX, || bus.holders(), ring, || 0);
         }
     }
 

@@ -253,8 +253,9 @@ impl Database {
             notifications.extend(notification);
         }
         let drawn = self.drawn(&entries, &bus);
-        let needed = self.replays.values().map(super::replays::Answer::needs).min().unwrap_or(u64::MAX);
         let Some(tracker) = &mut self.tracker else { return };
+        let replays = &self.replays;
+        let needed = || replays.values().map(super::replays::Answer::needs).min().unwrap_or(u64::MAX);
         tracker.dispatched(&entries, drawn, || bus.holders(), ring, needed);
         let end = tracker.position(ring);
         self.slot.position.store(end.high, Ordering::Relaxed);

@@ -56,7 +56,7 @@ impl Database {
                 if more {
                     self.replays.insert(request, answer);
                 }
-                self.send(&Event::Recovered { request, notifications, more });
+                self.send_page(request, notifications, more);
             }
             Err(failure) => {
                 pgrx::warning!("imbus could not replay the bus of database \"{}\": {failure}", self.name);
@@ -64,6 +64,21 @@ impl Database {
                 self.hang_up();
             }
         }
+    }
+
+    /// Sends a page; one of giants in parts, as a message of the link has its limit.
+    fn send_page(&mut self, request: u64, notifications: Vec<Notification>, more: bool) {
+        let (mut part, mut bytes) = (Vec::new(), 0);
+        for notification in notifications {
+            if bytes >= PAGE_BYTES {
+                bytes = 0;
+                let notifications = std::mem::take(&mut part);
+                self.send(&Event::Recovered { request, notifications, more: true });
+            }
+            bytes += notification.message.len();
+            part.push(notification);
+        }
+        self.send(&Event::Recovered { request, notifications: part, more });
     }
 
     /// The next page, and whether there is more to come.
