@@ -3,6 +3,7 @@
 
 use super::position::Position;
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 
 /// Dispatches remembered at least (a reconnect is a matter of seconds; 131,072 last a minute at 2,000 notifications a
@@ -26,13 +27,32 @@ pub struct Entry {
     pub channel: u32,
 }
 
+/// Spreads ids, which nobody chooses to collide but for themselves: a multiplication (Knuth's) instead of SipHash.
+#[derive(Clone, Copy, Debug, Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_i64(i64::from(*byte)));
+    }
+
+    fn write_i64(&mut self, id: i64) {
+        let mixed = (self.0 ^ id as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = mixed ^ (mixed >> 32);
+    }
+}
+
 /// The journal. Entries are numbered from 0 on in the life of a worker.
 #[derive(Clone, Debug, Default)]
 pub struct Journal {
     start: u64,
     entries: VecDeque<Entry>,
     /// The number of the latest entry of each id.
-    index: HashMap<i64, u64>,
+    index: HashMap<i64, u64, BuildHasherDefault<IdHasher>>,
     /// Positions before the entries of these numbers, ascending; the first is the beginning's.
     chunks: VecDeque<(u64, Position)>,
     /// Entries before this one may have been dispatched by an earlier worker too, in another order.
