@@ -81,6 +81,7 @@ struct Database {
     next_prune: Instant,
     replays: HashMap<u64, replays::Answer>,
     poison_logged: bool,
+    unnotified_logged: bool,
     /// The warning that holds.
     complaint: String,
     jobs: runner::Dispatcher,
@@ -197,6 +198,7 @@ impl Database {
             next_prune: now + PRUNE,
             replays: HashMap::new(),
             poison_logged: false,
+            unnotified_logged: false,
             complaint: String::new(),
             jobs: runner::Dispatcher::new(shared, oid),
         }

@@ -310,9 +310,25 @@ impl Database {
         }
         let limit = guc::notify_payload_max_length();
         let lists = lists.iter().map(|(_, channels)| format!("[{}]", channels.join(",")));
-        let payloads: Vec<String> = lists.filter_map(|list| payload::split(&list, limit).ok()).flatten().collect();
+        let mut payloads = Vec::new();
+        for list in lists {
+            match payload::split(&list, limit) {
+                Ok(parts) => payloads.extend(parts),
+                Err(error) => self.warn_unnotified(&error.to_string()),
+            }
+        }
         if !payloads.is_empty() {
             self.send(&Event::Emit { payloads });
+        }
+    }
+
+    /// One channel alone is too long for a NOTIFY: Odoo's own processes will not hear of it, imbus's clients do.
+    fn warn_unnotified(&mut self, reason: &str) {
+        if !std::mem::replace(&mut self.unnotified_logged, true) {
+            pgrx::warning!(
+                "imbus could not notify on behalf of a writer in database \"{}\": {reason} (logged once)",
+                self.name
+            );
         }
     }
 
