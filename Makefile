@@ -17,9 +17,9 @@ ISOLATION = $(shell scripts/regress_tests '$(bindir)/psql' specs)
 ISOLATION_OPTS = --inputdir=tests --outputdir='$(OUTPUTDIR)/isolation' --load-extension=imbus
 
 # Commands that must work before PostgreSQL is installed.
-ifneq (,$(filter run test lint unit setup,$(MAKECMDGOALS)))
+ifneq (,$(filter run test lint unit setup soak bench,$(MAKECMDGOALS)))
 
-.PHONY: run test lint unit setup
+.PHONY: run test lint unit setup soak bench
 setup:
 	scripts/setup
 run:
@@ -28,10 +28,16 @@ run:
 test:
 	scripts/setup
 	scripts/test
+soak:
+	scripts/setup
+	scripts/soak
 lint:
 	scripts/lint
 unit:
 	$(CARGO) test --no-default-features --lib
+bench:
+	bench/publish
+	bench/latency
 
 else
 

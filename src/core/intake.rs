@@ -19,7 +19,8 @@ struct Waiting {
 #[derive(Clone, Copy, Debug)]
 enum What {
     Ids(i64, i64),
-    Finished(u32),
+    /// A transaction's number, and how many more of the same transaction follow.
+    Finished(u32, i64),
 }
 
 /// What to do next.
@@ -27,8 +28,8 @@ enum What {
 pub enum Next {
     /// Read these rows and dispatch them in this order; the second number tells transactions apart.
     Rows(Vec<(i64, u64)>),
-    /// Look for the rows of the prepared transaction with this number.
-    Finished(u32),
+    /// Look for the rows of the transaction with these numbers, its own and its savepoints'.
+    Finished(Vec<u32>),
     Nothing,
 }
 
@@ -44,7 +45,7 @@ impl Intake {
     pub fn push(&mut self, index: u64, entry: Entry) -> bool {
         let what = match entry.kind {
             Kind::Committed | Kind::Part => What::Ids(entry.first, entry.last),
-            Kind::Finished => What::Finished(u32::try_from(entry.first).unwrap_or(0)),
+            Kind::Finished => What::Finished(u32::try_from(entry.first).unwrap_or(0), entry.last),
             Kind::Prepared | Kind::Overflow => return true,
         };
         if self.waiting.len() >= WAITING_MAX {
@@ -52,7 +53,7 @@ impl Intake {
             return false;
         }
         self.waiting.push_back(Waiting { index, transaction: self.transactions, what });
-        if entry.kind != Kind::Part {
+        if matches!(entry.kind, Kind::Committed) {
             self.transactions += 1;
         }
         true
@@ -86,8 +87,8 @@ impl Intake {
         let mut rows = Vec::new();
         for waiting in &self.waiting {
             match waiting.what {
-                What::Finished(number) if rows.is_empty() => return Next::Finished(number),
-                What::Finished(_) => break,
+                What::Finished(..) if rows.is_empty() => return Next::Finished(self.finished()),
+                What::Finished(..) => break,
                 What::Ids(first, last) => {
                     let room = max - rows.len();
                     rows.extend((first..=last).take(room).map(|id| (id, waiting.transaction)));
@@ -100,11 +101,24 @@ impl Intake {
         if rows.is_empty() { Next::Nothing } else { Next::Rows(rows) }
     }
 
+    /// The numbers of the transaction in front.
+    fn finished(&self) -> Vec<u32> {
+        let mut numbers = Vec::new();
+        for waiting in &self.waiting {
+            let What::Finished(number, more) = waiting.what else { break };
+            numbers.push(number);
+            if more == 0 {
+                break;
+            }
+        }
+        numbers
+    }
+
     /// What `next` said is done.
     pub fn done(&mut self, next: &Next) {
         match next {
             Next::Nothing => {}
-            Next::Finished(_) => drop(self.waiting.pop_front()),
+            Next::Finished(numbers) => drop(self.waiting.drain(..numbers.len().min(self.waiting.len()))),
             Next::Rows(rows) => {
                 let mut left = rows.len() as u64;
                 while let Some(Waiting { what: What::Ids(first, last), .. }) = self.waiting.front_mut() {
@@ -135,7 +149,7 @@ impl Waiting {
     fn ids(&self) -> Option<(i64, i64)> {
         match self.what {
             What::Ids(first, last) => Some((first, last)),
-            What::Finished(_) => None,
+            What::Finished(..) => None,
         }
     }
 }
@@ -154,7 +168,8 @@ mod tests {
         push(&mut intake, 4, Kind::Part, 10, 12);
         push(&mut intake, 5, Kind::Committed, 20, 20);
         push(&mut intake, 6, Kind::Committed, 1, 2);
-        push(&mut intake, 7, Kind::Finished, 99, 0);
+        push(&mut intake, 7, Kind::Finished, 99, 1);
+        push(&mut intake, 7, Kind::Finished, 101, 0);
         push(&mut intake, 8, Kind::Committed, 3, 3);
         assert_eq!(intake.holds(&[9, 10, 12, 13, 20, 2, 3, 99]), [false, true, true, false, true, true, true, false]);
         let first = intake.next(2);
@@ -164,9 +179,9 @@ mod tests {
         let second = intake.next(10);
         assert_eq!(second, Next::Rows(vec![(12, 0), (20, 0), (1, 1), (2, 1)]));
         intake.done(&second);
-        assert_eq!(intake.next(10), Next::Finished(99));
-        intake.done(&Next::Finished(99));
-        assert_eq!(intake.next(10), Next::Rows(vec![(3, 3)]));
+        assert_eq!(intake.next(10), Next::Finished(vec![99, 101]));
+        intake.done(&intake.next(10));
+        assert_eq!(intake.next(10), Next::Rows(vec![(3, 2)]));
         intake.done(&intake.next(10));
         assert!(intake.is_empty());
         assert_eq!(intake.next(10), Next::Nothing);

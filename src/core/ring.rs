@@ -61,7 +61,8 @@ pub enum Kind {
     Part = 2,
     /// The ids `first..=last` were inserted by a transaction that was prepared.
     Prepared = 3,
-    /// The prepared transaction with the number `first` has been committed.
+    /// The prepared transaction with the number `first` has been committed, or one too long for the ring; so many as
+    /// `last` says of its savepoints follow.
     Finished = 4,
     /// A transaction wrote more ranges than fit: the table has them.
     Overflow = 5,

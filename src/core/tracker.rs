@@ -108,11 +108,13 @@ impl Tracker {
         self.open(skipped, holders);
     }
 
-    /// These ids will be visible when a prepared transaction commits, and were not waited for any more.
+    /// These ids will be visible when a prepared transaction commits: they are waited for as long as it is among those
+    /// who run now, also where others who may have drawn them are gone.
     pub fn promised(&mut self, range: Range, holders: impl FnOnce() -> Holders) {
-        let covered = (range.0..=range.1.min(self.high)).filter(|id| !self.waits_for(*id));
-        let covered: Vec<Range> = covered.take(CAREFUL).map(|id| (id, id)).collect();
-        self.open(covered, holders);
+        let covered: Vec<i64> = (range.0..=range.1.min(self.high)).take(CAREFUL).collect();
+        covered.iter().for_each(|id| self.fill(*id));
+        let ids = covered.into_iter().map(|id| (id, id)).collect::<Vec<_>>();
+        self.open(ids, holders);
     }
 
     /// Begins a look for the rows of gaps; gaps found from now on are no part of it. Say [`Tracker::settle`] at its end.
@@ -145,10 +147,6 @@ impl Tracker {
     /// Without counting the journal that is being written.
     fn position_before(&self, ring: u64) -> Position {
         Position { table: self.table, high: self.high, gaps: self.ranges(), ring, epoch: self.epoch, journal: 0 }
-    }
-
-    fn waits_for(&self, id: i64) -> bool {
-        self.gaps.range(..=id).next_back().is_some_and(|(_, (high, _))| *high >= id)
     }
 
     /// Takes one id out of the gaps.

@@ -62,6 +62,9 @@ struct Database {
     history: History,
     reader: Reader,
     intake: Intake,
+    /// The order in which prepared transactions have sent, by id.
+    promises: HashMap<i64, u64>,
+    promised: u64,
     /// The table is to be looked at, whatever the ring says.
     look_due: bool,
     /// Something in the ring was lost.
@@ -184,6 +187,8 @@ impl Database {
             history: History::default(),
             reader: Reader::default(),
             intake: Intake::default(),
+            promises: HashMap::new(),
+            promised: 0,
             look_due: true,
             is_overrun: false,
             behind: None,

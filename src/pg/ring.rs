@@ -128,8 +128,7 @@ pub fn committed(database: u32) -> bool {
         count > 0
     });
     let finished = FINISHED.with_borrow(|numbers| {
-        let entry = |number: &u32| Entry { database, kind: Kind::Finished, first: i64::from(*number), last: 0 };
-        ring.append(numbers.iter().map(entry));
+        append_finished(ring, database, numbers.iter().copied());
         !numbers.is_empty()
     });
     forget();
@@ -139,12 +138,6 @@ pub fn committed(database: u32) -> bool {
 /// A transaction of very many ranges is announced by its number and those of its savepoints. At this time PostgreSQL
 /// still has them.
 fn append_numbers(ring: &Shared, database: u32) {
-    let entry = |number: pg_sys::TransactionId| Entry {
-        database,
-        kind: Kind::Finished,
-        first: i64::from(number.into_inner()),
-        last: 0,
-    };
     // SAFETY: the list belongs to the transaction, which is ended after this.
     let children = unsafe {
         let mut list = std::ptr::null_mut();
@@ -153,8 +146,19 @@ fn append_numbers(ring: &Shared, database: u32) {
     };
     // SAFETY: a plain read of this session's state.
     let top = unsafe { pg_sys::GetTopTransactionIdIfAny() };
-    ring.append([top].into_iter().map(entry));
-    ring.append(children.iter().copied().map(entry));
+    let number = |at: usize| at.checked_sub(1).and_then(|at| children.get(at)).unwrap_or(&top).into_inner();
+    append_finished(ring, database, (0..children.len() + 1).map(number));
+}
+
+/// Announces a transaction by its numbers.
+fn append_finished(ring: &Shared, database: u32, numbers: impl ExactSizeIterator<Item = u32>) {
+    let count = numbers.len() as i64;
+    ring.append(numbers.enumerate().map(|(at, number)| Entry {
+        database,
+        kind: Kind::Finished,
+        first: i64::from(number),
+        last: count - 1 - at as i64,
+    }));
 }
 
 /// The transaction was prepared: its ids are waited for until somebody ends it.

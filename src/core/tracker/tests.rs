@@ -72,7 +72,18 @@ fn what_a_prepared_transaction_holds_is_waited_for_again() {
     tracker.read(&[14], &[7]);
     tracker.promised((9, 16), || set(&[5]));
     tracker.looked(&[5]);
-    assert_eq!(tracker.ranges(), vec![(9, 9), (10, 10), (14, 14)]);
+    assert_eq!(tracker.ranges(), (9..=14).map(|id| (id, id)).collect::<Vec<_>>());
+}
+
+#[test]
+fn an_id_drawn_by_one_transaction_and_prepared_by_another_is_waited_for() {
+    let mut tracker = Tracker::new(at(10), set(&[]), 1);
+    tracker.read(&[12], &[7]);
+    tracker.promised((11, 11), || set(&[8]));
+    tracker.looked(&[8]);
+    assert_eq!(tracker.ranges(), vec![(11, 11)], "who drew it has ended, who has it has not");
+    tracker.looked(&[]);
+    assert_eq!(tracker.gaps(), 0);
 }
 
 #[test]

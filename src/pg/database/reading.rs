@@ -26,6 +26,8 @@ const PART: usize = 1 << 20;
 const FAR: i64 = 10_000;
 /// Rows found by a look, not in the ring, are told apart by the transaction that wrote them: numbers no ring gives.
 const UNANNOUNCED: u64 = 1 << 63;
+/// Ids of prepared transactions whose order is remembered; beyond that, and after a restart, they go by id.
+const PROMISES_MAX: usize = 1 << 17;
 /// Ample time for a committed transaction to append to the ring.
 const APPEND: Duration = Duration::from_millis(20);
 /// After a failed read.
@@ -74,9 +76,9 @@ impl Database {
         let next = self.intake.next(PAGE);
         match &next {
             Next::Rows(rows) => self.read(rows)?,
-            Next::Finished(number) => {
+            Next::Finished(numbers) => {
                 self.intake.done(&next);
-                self.look_for(*number)?;
+                self.look_for(numbers)?;
             }
             Next::Nothing if self.look_due => self.look()?,
             Next::Nothing => return Ok(false),
@@ -100,8 +102,22 @@ impl Database {
             }
         });
         self.is_overrun |= !read || !whole;
+        for (first, last) in &promised {
+            self.remember(*first, *last);
+        }
         if let (Some(tracker), Some(bus)) = (&mut self.tracker, &self.bus) {
             promised.into_iter().for_each(|range| tracker.promised(range, || bus.holders()));
+        }
+    }
+
+    /// In which order a prepared transaction has sent.
+    fn remember(&mut self, first: i64, last: i64) {
+        for id in first..=last {
+            if self.promises.len() >= PROMISES_MAX {
+                self.promises.clear();
+            }
+            self.promised += 1;
+            self.promises.insert(id, self.promised);
         }
     }
 
@@ -139,9 +155,9 @@ impl Database {
             }
             match &next {
                 Next::Rows(rows) => self.read(rows)?,
-                Next::Finished(number) => {
+                Next::Finished(numbers) => {
                     self.intake.done(&next);
-                    self.look_for(*number)?;
+                    self.look_for(numbers)?;
                 }
                 Next::Nothing => break,
             }
@@ -161,19 +177,27 @@ impl Database {
     }
 
     /// Looks for the rows of a transaction that was committed at this place in the order of commits: a prepared one, or
-    /// one too long for the ring.
-    fn look_for(&mut self, number: u32) -> Result<(), Failure> {
-        let mut from = None;
+    /// one too long for the ring. They go in the order of sending, as far as that is remembered.
+    fn look_for(&mut self, numbers: &[u32]) -> Result<(), Failure> {
+        let (mut found, mut from) = (Vec::new(), None);
         loop {
             let (rows, next) = self.unannounced(from)?;
-            let (mine, others): (Vec<Found>, Vec<Found>) = rows.into_iter().partition(|(row, _)| row.xmin == number);
+            let (mine, others): (Vec<Found>, Vec<Found>) =
+                rows.into_iter().partition(|(row, _)| numbers.contains(&row.xmin));
             self.look_due |= !others.is_empty();
-            self.hand_on(mine);
+            found.extend(mine);
             from = next;
             if from.is_none() {
-                return Ok(());
+                break;
             }
         }
+        found.sort_by_key(|(row, _)| (self.promises.get(&row.id).copied().unwrap_or(u64::MAX), row.id));
+        for (row, _) in &found {
+            self.promises.remove(&row.id);
+        }
+        let transaction = UNANNOUNCED | numbers.first().copied().map_or(0, u64::from);
+        self.hand_on(found.into_iter().map(|(row, _)| (row, transaction)).collect());
+        Ok(())
     }
 
     /// Entries of the ring were overwritten before they were read. What they announced is older than all that the ring
