@@ -169,6 +169,12 @@ impl Cluster {
     pub fn wait_served(&self, database: &str) {
         let mut client = self.connect(database);
         eventually(&format!("database {database} is served"), || {
+            // A server that is about to go down may have taken this session with it.
+            if client.is_closed()
+                && let Ok(another) = self.try_connect(database, "postgres")
+            {
+                client = another;
+            }
             client
                 .query_opt(
                     "SELECT 1 FROM imbus_stat_gateway g, imbus_stat_bus b
