@@ -26,7 +26,8 @@ CREATE TABLE @extschema@.imbus_bookmark (
     made_at timestamptz NOT NULL DEFAULT pg_catalog.clock_timestamp(),
     bus oid NOT NULL,
     high bigint NOT NULL,
-    gaps bigint[] NOT NULL DEFAULT '{}'
+    gaps bigint[] NOT NULL DEFAULT '{}',
+    snapshot text
 );
 
 -- Jobs: the columns of Odoo's ir.async first, then imbus's own.
@@ -227,7 +228,7 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
 ---------------------------------------------------------------- comments
 
 COMMENT ON TABLE @extschema@.imbus_bus IS 'notifications, where there is no Odoo table bus_bus';
-COMMENT ON TABLE @extschema@.imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds';
+COMMENT ON TABLE @extschema@.imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds; all that the snapshot sees had been handed on';
 COMMENT ON TABLE @extschema@.ir_async IS 'asynchronous jobs; changed through the ir_async_* functions only';
 COMMENT ON FUNCTION @extschema@.bus_sendone(text, text, jsonb) IS
     'publish on a plain string channel in the current transaction; returns the id';

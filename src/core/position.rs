@@ -46,6 +46,31 @@ impl Position {
     }
 }
 
+/// Which transactions had ended at a moment: PostgreSQL's snapshot in its text form, `xmin:xmax:xip,…`, cut to the 32 bits
+/// that rows carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    xmax: u32,
+    running: Vec<u32>,
+}
+
+impl Snapshot {
+    /// Reads the text; None when it is none.
+    pub fn parse(text: &str) -> Option<Snapshot> {
+        let number = |text: &str| text.parse::<u64>().ok().map(|number| number as u32);
+        let mut parts = text.splitn(3, ':');
+        let (_, xmax, running) = (parts.next()?, number(parts.next()?)?, parts.next()?);
+        let running = running.split(',').filter(|text| !text.is_empty()).map(number).collect::<Option<_>>()?;
+        Some(Snapshot { xmax, running })
+    }
+
+    /// Whether this transaction had ended (transam.c compares numbers modulo 2^32; those below 3 are for ever).
+    pub fn sees(&self, number: u32) -> bool {
+        let precedes = (number.wrapping_sub(self.xmax) as i32) < 0;
+        number < 3 || precedes && !self.running.contains(&number)
+    }
+}
+
 /// The positions of the past, one every few seconds: where to begin for a client whose last id is known, and what is old
 /// enough to be deleted.
 #[derive(Clone, Debug, Default)]
@@ -112,6 +137,16 @@ mod tests {
         assert!(coarse.gaps.len() <= GAPS_MAX);
         assert!((0..100_001).all(|id| fine.covers(id) || !coarse.covers(id)));
         assert!(coarse.covers(100_000));
+    }
+
+    #[test]
+    fn a_snapshot_tells_who_had_ended() {
+        let snapshot = Snapshot::parse("4294967300:4294967305:4294967301,4294967303").unwrap();
+        let seen: Vec<u32> = (0..12).filter(|number| snapshot.sees(*number)).collect();
+        assert_eq!(seen, [0, 1, 2, 3, 4, 6, 8]);
+        assert!(snapshot.sees(u32::MAX - 5), "before the numbers began anew");
+        assert_eq!(Snapshot::parse("7:7:").unwrap(), Snapshot { xmax: 7, running: vec![] });
+        assert_eq!(Snapshot::parse("7:x:"), None);
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Replay {
         let end = (self.cursor + LOOKED_AT).min(journal.end());
         for (number, entry) in journal.slice(self.cursor..end) {
             self.cursor = number + 1;
-            let owed = number >= self.until || !is_filtered || self.passes(entry.id);
+            let owed = number >= self.until || !is_filtered || self.passes(entry.id) || tracker.is_late(entry.id);
             if owed && self.channels.contains(&entry.channel) {
                 ids.push(entry.id);
                 if ids.len() >= PAGE {

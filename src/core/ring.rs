@@ -225,14 +225,19 @@ impl Reader {
         let oldest = head.saturating_sub(N as u64);
         let from = self.cursor.max(oldest);
         whole &= from == self.cursor && self.holes.first().is_none_or(|index| *index >= oldest);
-        let old: Vec<u64> = self.holes.drain(..).filter(|index| *index >= oldest).collect();
-        let mut look = |index: u64, holes: &mut Vec<u64>| match ring.find(index) {
-            Found::Entry(entry) => each(index, entry),
-            Found::Hole => holes.push(index),
-            Found::Lost => whole = false,
-        };
+        let old: Vec<u64> = self.holes.drain(..).filter(|index| (oldest..from).contains(index)).collect();
         let new: Range<u64> = from..head;
-        old.into_iter().chain(new).for_each(|index| look(index, &mut self.holes));
+        let mut found = Vec::new();
+        // Backwards: who has written one entry has written those before it, of the same append too.
+        for index in old.into_iter().chain(new).rev() {
+            match ring.find(index) {
+                Found::Entry(entry) => found.push((index, entry)),
+                Found::Hole => self.holes.push(index),
+                Found::Lost => whole = false,
+            }
+        }
+        self.holes.reverse();
+        found.into_iter().rev().for_each(|(index, entry)| each(index, entry));
         self.cursor = head;
         whole
     }

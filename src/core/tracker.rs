@@ -23,6 +23,8 @@ pub struct Tracker {
     groups: HashMap<u64, Holders>,
     next_group: u64,
     epoch: u64,
+    /// Ids dispatched, or promised, after they counted as passed: bookmarks cannot tell when they came.
+    late: HashSet<i64>,
     /// What was dispatched lately.
     pub journal: Journal,
 }
@@ -92,7 +94,9 @@ impl Tracker {
         let mut new: Vec<i64> = Vec::new();
         for row in rows {
             if row.id <= self.high {
-                self.fill(row.id);
+                if !self.fill(row.id) {
+                    self.mark_late(row.id);
+                }
             } else if row.id <= drawn {
                 new.push(row.id);
             }
@@ -112,7 +116,10 @@ impl Tracker {
     /// who run now, also where others who may have drawn them are gone.
     pub fn promised(&mut self, range: Range, holders: impl FnOnce() -> Holders) {
         let covered: Vec<i64> = (range.0..=range.1.min(self.high)).take(CAREFUL).collect();
-        covered.iter().for_each(|id| self.fill(*id));
+        for id in &covered {
+            self.fill(*id);
+            self.mark_late(*id);
+        }
         let ids = covered.into_iter().map(|id| (id, id)).collect::<Vec<_>>();
         self.open(ids, holders);
     }
@@ -149,11 +156,23 @@ impl Tracker {
         Position { table: self.table, high: self.high, gaps: self.ranges(), ring, epoch: self.epoch, journal: 0 }
     }
 
-    /// Takes one id out of the gaps.
-    fn fill(&mut self, id: i64) {
+    /// Whether an id came after it counted as passed.
+    pub fn is_late(&self, id: i64) -> bool {
+        self.late.contains(&id)
+    }
+
+    fn mark_late(&mut self, id: i64) {
+        if self.late.len() >= CAREFUL {
+            self.late.clear();
+        }
+        self.late.insert(id);
+    }
+
+    /// Takes one id out of the gaps; whether it was in one.
+    fn fill(&mut self, id: i64) -> bool {
         let Some((&low, &(high, group))) = self.gaps.range(..=id).next_back().filter(|(_, (high, _))| *high >= id)
         else {
-            return;
+            return false;
         };
         self.gaps.remove(&low);
         if low < id {
@@ -162,6 +181,7 @@ impl Tracker {
         if id < high {
             self.gaps.insert(id + 1, (high, group));
         }
+        true
     }
 
     /// A group of gaps. A group whose gaps are all filled is forgotten with its holders.
@@ -176,7 +196,7 @@ impl Tracker {
     }
 }
 
-/// Ids of one range promised by a prepared transaction that are waited for again, at most.
+/// Ids of one range promised by a prepared transaction that are waited for again, and late ids remembered, at most.
 const CAREFUL: usize = 100_000;
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::core::position::{History, Position};
 use crate::core::ring::Reader;
 use crate::core::tracker::Tracker;
 use pgrx::prelude::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -62,6 +62,10 @@ struct Database {
     history: History,
     reader: Reader,
     intake: Intake,
+    /// All that this snapshot sees is dispatched by the time of the next bookmark.
+    snapshot: String,
+    /// Transactions that were prepared before this worker began without knowing of their ids.
+    inherited: HashSet<u32>,
     /// The order in which prepared transactions have sent, by id.
     promises: HashMap<i64, u64>,
     promised: u64,
@@ -187,6 +191,8 @@ impl Database {
             history: History::default(),
             reader: Reader::default(),
             intake: Intake::default(),
+            snapshot: String::new(),
+            inherited: HashSet::new(),
             promises: HashMap::new(),
             promised: 0,
             look_due: true,
@@ -352,11 +358,13 @@ impl Database {
     /// Goes on from what the gateway saw last, or from this worker's own position, or from the bookmarks.
     fn resume(&mut self, position: Option<Position>) {
         self.resumed = true;
-        self.resume_from = position;
-        if let (Some(tracker), Some(bus), Some(position)) = (&mut self.tracker, &self.bus, self.resume_from.take()) {
-            self.reader = Reader::new(position.ring);
-            self.intake.clear();
-            tracker.rewind(position, bus.holders());
+        match (&mut self.tracker, &self.bus, position) {
+            (Some(tracker), Some(bus), Some(position)) => {
+                self.reader = Reader::new(position.ring);
+                self.intake.clear();
+                tracker.rewind(position, bus.holders());
+            }
+            (_, _, position) => self.resume_from = position,
         }
         self.look_due = true;
         self.dispatch();

@@ -1,8 +1,9 @@
 //! Compares what the clients saw with the ledger, promise by promise. Each check is one pass over what it looks at.
 
 use super::ledger::{Entry, Key, Ledger, NEVER, Outcome, Txn, instant};
+use super::stage::Absence;
 use super::story::{Receipt, Story, Visit};
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 
 /// The promises.
@@ -12,12 +13,18 @@ pub enum Promise {
     Lost,
     /// Within one connection no message came twice.
     Doubled,
+    /// The same, the worker of the database having been ended during that connection.
+    DoubledByWorker,
     /// Nothing came again after a reconnect that named the greatest id received, the gateway and workers being up.
     Repeated,
     /// Within a transaction the order of sending.
     WithinTransaction,
+    /// The same for what was prepared, where the transaction did not use its ids in ascending order.
+    WithinPrepared,
     /// What was committed before another commit was issued came first.
     AcrossTransactions,
+    /// The same for what was committed before a worker that had been ended during that connection was back.
+    AcrossWorker,
     /// The subscribers of a channel saw one order.
     SameForAll,
     /// Nothing of a transaction or savepoint that was rolled back.
@@ -35,9 +42,13 @@ const TOLD: usize = 5;
 #[derive(Default)]
 pub struct Report {
     counts: HashMap<Promise, usize>,
+    /// The same by database and by what the message's transaction did.
+    kinds: BTreeMap<(Promise, u8, &'static str), usize>,
     told: Vec<(Promise, String)>,
     /// Messages that came again after a reconnect where that is allowed.
     pub repeats_allowed: usize,
+    /// Messages under ids drawn in earlier transactions that did not come across a restart: it is not promised.
+    pub not_owed: usize,
     /// What was compared: messages owed, all receipts, and those whose order among transactions was checked.
     pub owed: usize,
     pub receipts: usize,
@@ -55,6 +66,12 @@ impl Report {
         self.counts.is_empty()
     }
 
+    /// Enters a fault with a message of this transaction.
+    fn fault(&mut self, promise: Promise, entry: &Entry, words: impl FnOnce() -> String) {
+        *self.kinds.entry((promise, entry.database, entry.how)).or_default() += 1;
+        self.add(promise, words);
+    }
+
     /// Enters a fault; the words are made only for the first of a kind.
     pub fn add(&mut self, promise: Promise, words: impl FnOnce() -> String) {
         let count = self.counts.entry(promise).or_default();
@@ -67,12 +84,16 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { owed, receipts, live, repeats_allowed, .. } = self;
-        writeln!(out, "owed {owed}, received {receipts}, of them in live order {live}; repeats allowed: {repeats_allowed}")?;
+        let Report { owed, receipts, live, repeats_allowed, not_owed, .. } = self;
+        writeln!(out, "owed {owed}, received {receipts}, of them in live order {live}")?;
+        writeln!(out, "allowed: {repeats_allowed} came again after reconnects, {not_owed} did not come")?;
         let mut counts: Vec<_> = self.counts.iter().collect();
         counts.sort();
         for (promise, count) in counts {
             writeln!(out, "broken: {promise:?} {count} times")?;
+            for ((_, database, how), count) in self.kinds.iter().filter(|((kind, ..), _)| kind == promise) {
+                writeln!(out, "    {count} in database {database}: {how}")?;
+            }
             for (_, words) in self.told.iter().filter(|(told, _)| told == promise) {
                 writeln!(out, "  {words}")?;
             }
@@ -81,23 +102,37 @@ impl fmt::Display for Report {
     }
 }
 
-/// What may be repeated after a reconnect.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Repeats {
-    /// Nothing, when the client named the greatest id it had received.
-    None,
-    /// Gateway, workers or server were restarted: SPEC allows it.
-    Allowed,
+/// What happened to the server during a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// Nothing.
+    Quiet,
+    /// Gateway, workers or server were restarted: what came may come again, and below a client's `last` only what
+    /// transactions of that time brought is owed. Workers alone were away at these times.
+    Restarts(Vec<Absence>),
+}
+
+impl Past {
+    /// Whether the worker was ended after this visit's first receipt and before this one; until when it was away.
+    fn worker_back(&self, story: &Story, visit: &Visit, at: usize) -> Option<u64> {
+        let Past::Restarts(absences) = self else { return None };
+        let millis = |at: usize| story.receipts.get(at).map_or(0, |receipt| u64::from(receipt.at));
+        let is_it = |absence: &&Absence| {
+            let Absence { database, from, to } = absence;
+            *database == story.database && to / 1_000_000 >= millis(visit.first) && from / 1_000_000 <= millis(at)
+        };
+        absences.iter().filter(is_it).map(|absence| absence.to).max()
+    }
 }
 
 /// Compares all stories with the ledger.
-pub fn check(ledger: &Ledger, stories: &[Story], repeats: Repeats) -> Report {
+pub fn check(ledger: &Ledger, stories: &[Story], past: &Past) -> Report {
     let mut report = Report::default();
     for story in stories {
-        let (seen, known) = Reader { ledger, story, repeats, report: &mut report }.read();
+        let (seen, known) = Reader { ledger, story, past, report: &mut report }.read();
         report.receipts += story.receipts.len();
-        lost(ledger, story, &seen, &mut report);
-        across(ledger, story, &known, &mut report);
+        lost(ledger, story, past, &seen, &mut report);
+        across(ledger, story, past, &known, &mut report);
         for words in &story.complaints {
             report.add(Promise::Conduct, || format!("{}: {words}", story.name));
         }
@@ -130,7 +165,7 @@ impl Seen {
 struct Reader<'a> {
     ledger: &'a Ledger,
     story: &'a Story,
-    repeats: Repeats,
+    past: &'a Past,
     report: &'a mut Report,
 }
 
@@ -148,7 +183,7 @@ impl<'a> Reader<'a> {
                 first_time[at] = seen.insert(index);
                 let doubled = !in_this_visit.insert(index);
                 if !first_time[at] {
-                    self.again(at, visit, doubled);
+                    self.again(at, visit, entry, doubled);
                 }
                 if !doubled {
                     self.place(at, visit, entry, &mut places);
@@ -172,18 +207,18 @@ impl<'a> Reader<'a> {
             return None;
         };
         if entry.outcome != Outcome::Committed || !sent.is_kept() {
-            self.report.add(Promise::RolledBack, || words("what was rolled back"));
+            self.report.fault(Promise::RolledBack, entry, || words("what was rolled back"));
             return None;
         }
         if !story.channels.contains(&sent.channel()) || ledger.id(key) != receipt.id {
-            self.report.add(Promise::Foreign, || words("another channel's message, or one under another id"));
+            self.report.fault(Promise::Foreign, entry, || words("another channel's message, or one under another id"));
             return None;
         }
         Some(entry)
     }
 
     /// A message came again.
-    fn again(&mut self, at: usize, visit: &Visit, doubled: bool) {
+    fn again(&mut self, at: usize, visit: &Visit, entry: &Entry, doubled: bool) {
         let (ledger, story) = (self.ledger, self.story);
         let words = |what: &str| {
             let (name, last, seen) = (&story.name, visit.last, story.around(at));
@@ -191,9 +226,11 @@ impl<'a> Reader<'a> {
             format!("{name} (connected with last = {last}) received {what}: {message}; around it {seen}")
         };
         if doubled {
-            self.report.add(Promise::Doubled, || words("twice in one connection"));
-        } else if self.repeats == Repeats::None && visit.last_was_greatest {
-            self.report.add(Promise::Repeated, || words("again"));
+            let by_worker = self.past.worker_back(story, visit, at).is_some();
+            let promise = if by_worker { Promise::DoubledByWorker } else { Promise::Doubled };
+            self.report.fault(promise, entry, || words("twice in one connection"));
+        } else if *self.past == Past::Quiet && visit.last_was_greatest {
+            self.report.fault(Promise::Repeated, entry, || words("again"));
         } else {
             self.report.repeats_allowed += 1;
         }
@@ -206,7 +243,9 @@ impl<'a> Reader<'a> {
         let is_live = entry.issued > visit.live_from;
         let before = places.insert(key.txn, key.seq).filter(|before| *before > key.seq);
         if let Some(before) = before.filter(|_| is_live || ledger.is_ascending(key.txn)) {
-            self.report.add(Promise::WithinTransaction, || {
+            let by_id = entry.is_prepared && !ledger.is_ascending(key.txn);
+            let promise = if by_id { Promise::WithinPrepared } else { Promise::WithinTransaction };
+            self.report.fault(promise, entry, || {
                 let (name, seen, message) = (&story.name, story.around(at), ledger.describe(key));
                 let live = if is_live { "live" } else { "in a replay" };
                 format!("{name} received ({live}) message {before} before {message}; around it {seen}")
@@ -215,7 +254,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn lost(ledger: &Ledger, story: &Story, seen: &Seen, report: &mut Report) {
+fn lost(ledger: &Ledger, story: &Story, past: &Past, seen: &Seen, report: &mut Report) {
     let mine = |entry: &&Entry| entry.database == story.database && entry.issued > story.owed_from;
     for entry in ledger.entries().iter().filter(mine) {
         for (key, channel) in ledger.committed(entry) {
@@ -223,8 +262,11 @@ fn lost(ledger: &Ledger, story: &Story, seen: &Seen, report: &mut Report) {
                 continue;
             }
             report.owed += 1;
-            if !seen.has(ledger.index(key)) {
-                report.add(Promise::Lost, || missing(ledger, story, key, entry));
+            let has_come = seen.has(ledger.index(key));
+            if !has_come && *past != Past::Quiet && entry.sent[key.seq as usize].is_drawn_before() {
+                report.not_owed += 1;
+            } else if !has_come {
+                report.fault(Promise::Lost, entry, || missing(ledger, story, key, entry));
             }
         }
     }
@@ -237,7 +279,10 @@ fn missing(ledger: &Ledger, story: &Story, key: Key, entry: &Entry) -> String {
     let visit = story.visits.iter().rev().find(|visit| visit.first <= at);
     let (last, live) = visit.map_or((0, NEVER), |visit| (visit.last, visit.live_from));
     let (name, message, seen) = (&story.name, ledger.describe(key), story.around(at));
-    format!("{name} never received {message}; it was then connected with last = {last}, live from {}; it saw {seen}", instant(live))
+    format!(
+        "{name} never received {message}; it was then connected with last = {last}, live from {}; it saw {seen}",
+        instant(live)
+    )
 }
 
 /// Whether the order of a receipt among transactions is promised: its commit was issued after the connection stood.
@@ -246,14 +291,17 @@ fn live<'a>(ledger: &'a Ledger, visit: &Visit, receipt: &Receipt) -> Option<&'a 
 }
 
 /// A sweep per connection: nothing may come whose commit had returned before that of something seen was issued.
-fn across(ledger: &Ledger, story: &Story, first_time: &[bool], report: &mut Report) {
+fn across(ledger: &Ledger, story: &Story, past: &Past, first_time: &[bool], report: &mut Report) {
     for (visit, start, receipts) in story.by_visit() {
         let mut latest: Option<(u64, usize)> = None;
         for (at, receipt) in (start..).zip(receipts).filter(|(at, _)| first_time[*at]) {
             let Some(entry) = live(ledger, visit, receipt) else { continue };
             report.live += 1;
             if let Some((issued, before)) = latest.filter(|(issued, _)| entry.returned < *issued) {
-                report.add(Promise::AcrossTransactions, || {
+                let back = past.worker_back(story, visit, at);
+                let by_worker = back.is_some_and(|back| entry.issued < back);
+                let promise = if by_worker { Promise::AcrossWorker } else { Promise::AcrossTransactions };
+                report.fault(promise, entry, || {
                     let (name, seen) = (&story.name, story.around(at));
                     let (first, second) = (story.receipts[before].key, receipt.key);
                     let late = (issued - entry.returned) as f64 / 1e6;
@@ -315,7 +363,7 @@ fn compare(ledger: &Ledger, places: &[u32], stories: [&Story; 2], other: &[(Key,
             continue;
         }
         if let Some((_, first)) = before.filter(|(before, _)| *before > place) {
-            report.add(Promise::SameForAll, || {
+            report.fault(Promise::SameForAll, &ledger.entries()[key.txn as usize], || {
                 let [one, two] = stories.map(|story| &story.name);
                 let (first, second, seen) = (ledger.describe(first), ledger.describe(*key), stories[1].around(*at));
                 format!("{two} received {first} before {second}, {one} the other way round; around it {seen}")

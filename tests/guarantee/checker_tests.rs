@@ -1,7 +1,8 @@
 //! The checker can fail: a ledger with one fault each, and the clean one beside it.
 
-use super::check::{Promise, Repeats, Report, check};
+use super::check::{Past, Promise, Report, check};
 use super::ledger::{Entry, Key, Ledger, NEVER, Outcome, Row, Sent};
+use super::stage::Absence;
 use super::story::{Receipt, Story, Visit};
 
 /// Transactions of two messages each on channels 0 and 1 of database 0, committed one after another: transaction n is
@@ -14,6 +15,7 @@ fn entries(count: u32) -> Vec<Entry> {
         issued: u64::from(txn) * 100 + 100,
         returned: u64::from(txn) * 100 + 150,
         sent: Box::new([Sent::on(0), Sent::on(1)]),
+        is_prepared: false,
         how: "test",
     };
     (0..count).map(entry).collect()
@@ -58,8 +60,12 @@ fn only(report: &Report, promise: Promise) {
     assert_eq!(report.to_string().matches("broken").count(), 1, "{report}");
 }
 
+fn restarts() -> Past {
+    Past::Restarts(Vec::new())
+}
+
 fn checked(entries: Vec<Entry>, stories: &[Story]) -> Report {
-    check(&ledger(entries), stories, Repeats::None)
+    check(&ledger(entries), stories, &Past::Quiet)
 }
 
 #[test]
@@ -84,8 +90,30 @@ fn what_was_committed_before_the_first_subscription_is_not_owed() {
 #[test]
 fn a_message_twice_in_one_connection_is_reported() {
     only(&checked(entries(3), &[story(&[0, 1, 2, 3, 3, 4, 5])]), Promise::Doubled);
-    let allowed = check(&ledger(entries(3)), &[story(&[0, 1, 2, 3, 3, 4, 5])], Repeats::Allowed);
+    let allowed = check(&ledger(entries(3)), &[story(&[0, 1, 2, 3, 3, 4, 5])], &restarts());
     only(&allowed, Promise::Doubled);
+}
+
+#[test]
+fn what_the_end_of_a_worker_did_is_told_apart() {
+    let away = |database: u8| Past::Restarts(vec![Absence { database, from: 250, to: 320 }]);
+    let ledger = ledger(entries(3));
+    let doubled = [story(&[0, 1, 2, 3, 3, 4, 5])];
+    only(&check(&ledger, &doubled, &away(0)), Promise::DoubledByWorker);
+    only(&check(&ledger, &doubled, &away(1)), Promise::Doubled);
+    let swapped = [story(&[0, 1, 4, 5, 2, 3])];
+    assert_eq!(check(&ledger, &swapped, &away(0)).count(Promise::AcrossWorker), 2);
+    assert_eq!(check(&ledger, &swapped, &away(1)).count(Promise::AcrossTransactions), 2);
+}
+
+#[test]
+fn across_a_restart_an_id_drawn_in_an_earlier_transaction_is_not_owed() {
+    let mut drawn_before = entries(3);
+    drawn_before[1].sent[0].draw_before();
+    let (ledger, stories) = (ledger(drawn_before), [story(&[0, 1, 3, 4, 5])]);
+    only(&check(&ledger, &stories, &Past::Quiet), Promise::Lost);
+    let report = check(&ledger, &stories, &restarts());
+    assert!(report.is_clean() && report.not_owed == 1, "{report}");
 }
 
 #[test]
@@ -93,7 +121,7 @@ fn a_message_again_after_a_reconnect_is_reported_where_it_is_not_allowed() {
     let mut again = story(&[0, 1, 2, 3, 3, 4, 5]);
     again.visits.push(Visit { live_from: 300, ..visit(4, 4) });
     only(&checked(entries(3), std::slice::from_ref(&again)), Promise::Repeated);
-    let allowed = check(&ledger(entries(3)), std::slice::from_ref(&again), Repeats::Allowed);
+    let allowed = check(&ledger(entries(3)), std::slice::from_ref(&again), &restarts());
     assert!(allowed.is_clean());
     assert_eq!(allowed.repeats_allowed, 1);
     again.visits[1].last_was_greatest = false;
@@ -119,7 +147,7 @@ fn a_swap_of_transactions_is_reported_when_one_was_committed_before_the_other_be
     let mut unanswered = entries(3);
     (unanswered[1].outcome, unanswered[1].returned) = (Outcome::Unknown, NEVER);
     let (ledger, _) = Ledger::new(unanswered, vec![table(0..6)]);
-    assert!(check(&ledger, &[story(&swapped)], Repeats::Allowed).is_clean());
+    assert!(check(&ledger, &[story(&swapped)], &restarts()).is_clean());
 }
 
 #[test]
@@ -161,7 +189,7 @@ fn what_is_foreign_is_reported() {
     let tables = vec![table([0, 1, 4, 5]), table([2, 3])];
     let (ledger, complaints) = Ledger::new(elsewhere, tables);
     assert!(complaints.is_empty(), "{complaints:?}");
-    only(&check(&ledger, &[story(&[0, 1, 2, 4, 5])], Repeats::None), Promise::Foreign);
+    only(&check(&ledger, &[story(&[0, 1, 2, 4, 5])], &Past::Quiet), Promise::Foreign);
     let mut one_channel = story(&[0, 2, 3, 4]);
     one_channel.channels = vec![0];
     only(&checked(entries(3), &[one_channel]), Promise::Foreign);

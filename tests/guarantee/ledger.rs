@@ -16,26 +16,38 @@ pub struct Key {
 
 /// Set beside a message's channel when a savepoint took it back.
 const TAKEN_BACK: u8 = 0x80;
+/// Set when its id was drawn in an earlier transaction.
+const DRAWN_BEFORE: u8 = 0x40;
 
 /// One message of a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sent(u8);
 
 impl Sent {
-    /// A message on the channel with this number (below 128).
+    /// A message on the channel with this number (below 64).
     pub fn on(channel: u8) -> Sent {
-        assert!(channel < TAKEN_BACK);
+        assert!(channel < DRAWN_BEFORE);
         Sent(channel)
     }
 
     /// The number of its channel.
     pub fn channel(self) -> u8 {
-        self.0 & !TAKEN_BACK
+        self.0 & !(TAKEN_BACK | DRAWN_BEFORE)
     }
 
     /// Whether it is part of what its transaction commits.
     pub fn is_kept(self) -> bool {
         self.0 & TAKEN_BACK == 0
+    }
+
+    /// Whether its id was drawn in an earlier transaction.
+    pub fn is_drawn_before(self) -> bool {
+        self.0 & DRAWN_BEFORE != 0
+    }
+
+    /// Its id was drawn in an earlier transaction.
+    pub fn draw_before(&mut self) {
+        self.0 |= DRAWN_BEFORE;
     }
 
     /// Its savepoint was rolled back.
@@ -64,6 +76,8 @@ pub struct Entry {
     /// The commit had returned by then; [`NEVER`] when no answer came.
     pub returned: u64,
     pub sent: Box<[Sent]>,
+    /// Whether another session committed it.
+    pub is_prepared: bool,
     /// What it did, for reports.
     pub how: &'static str,
 }
@@ -133,7 +147,8 @@ impl Ledger {
             let expected = if entry.outcome == Outcome::Committed { kept } else { 0 };
             if found != expected {
                 let (txn, how) = (entry.txn, entry.how);
-                complaints.push(format!("transaction {txn} ({how}) should have {expected} rows, the table has {found}"));
+                complaints
+                    .push(format!("transaction {txn} ({how}) should have {expected} rows, the table has {found}"));
             }
             self.ascending.push(ids.iter().filter(|id| **id != 0).is_sorted());
         }
@@ -183,7 +198,7 @@ impl Ledger {
         let Some(sent) = entry.sent.get(seq as usize) else { return format!("{key:?}, of no message") };
         format!(
             "id {} (message {seq} of {of} in transaction {}, channel {} of database {}{}; {}, {:?}; commit issued {}, \
-             returned {})",
+             returned {}{})",
             self.id(key),
             key.txn,
             sent.channel(),
@@ -193,6 +208,7 @@ impl Ledger {
             entry.outcome,
             instant(entry.issued),
             instant(entry.returned),
+            if sent.is_drawn_before() { "; id drawn in an earlier transaction" } else { "" },
         )
     }
 }

@@ -72,7 +72,11 @@ pub enum Way {
 #[derive(Clone, Debug)]
 pub enum Step {
     /// Messages on these channels, in this order; `early`: under ids drawn long before (Insert and Copy only).
-    Send { way: Way, early: bool, channels: Vec<u8> },
+    Send {
+        way: Way,
+        early: bool,
+        channels: Vec<u8>,
+    },
     /// Draws ids that this transaction or a later one uses.
     Draw(u32),
     Savepoint,
@@ -92,7 +96,10 @@ pub enum End {
     Commit,
     Rollback,
     /// Prepared, then ended from another session after a while.
-    Prepared { commit: bool, after: Duration },
+    Prepared {
+        commit: bool,
+        after: Duration,
+    },
 }
 
 /// One transaction.
@@ -204,12 +211,7 @@ fn send(random: &mut Random, size: usize) -> Step {
 
 fn end(random: &mut Random, habit: Habit) -> End {
     let prepared = |commit| End::Prepared { commit, after: habit.longest };
-    let end = random.weighed(&[
-        (70, End::Commit),
-        (13, End::Rollback),
-        (13, prepared(true)),
-        (4, prepared(false)),
-    ]);
+    let end = random.weighed(&[(70, End::Commit), (13, End::Rollback), (13, prepared(true)), (4, prepared(false))]);
     match end {
         End::Prepared { commit, after } => End::Prepared { commit, after: random.up_to(after) },
         end => end,

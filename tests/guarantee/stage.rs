@@ -1,5 +1,6 @@
 //! What the threads of a run share: its clock, how far it is, and what was met on the way.
 
+use super::common::PATIENCE;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -30,21 +31,31 @@ pub struct Stage {
     /// A chaos act is under way or was: errors of connections are none of ours.
     pub chaos: AtomicBool,
     complaints: Mutex<Vec<String>>,
+    absences: Mutex<Vec<Absence>>,
+}
+
+/// A database's worker was ended, its gateway not: from when until it served again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Absence {
+    pub database: u8,
+    pub from: u64,
+    pub to: u64,
 }
 
 impl Stage {
-    /// A run in its first scene, in which this many messages may be written.
-    pub fn new(allowed: u64) -> Stage {
+    /// A run in its first scene.
+    pub fn new() -> Stage {
         Stage {
             begun: Instant::now(),
             scene: Mutex::new(Scene::Play),
             changed: Condvar::new(),
             written: AtomicU64::new(0),
-            allowed: AtomicU64::new(allowed),
+            allowed: AtomicU64::new(0),
             transactions: AtomicU32::new(0),
             ready: AtomicUsize::new(0),
             chaos: AtomicBool::new(false),
             complaints: Mutex::new(Vec::new()),
+            absences: Mutex::new(Vec::new()),
         }
     }
 
@@ -86,6 +97,29 @@ impl Stage {
             std::thread::sleep(Duration::from_millis(2));
         }
         true
+    }
+
+    /// Waits until so much is written; panics when nothing is for long.
+    pub fn wait_written(&self, enough: u64) {
+        let written = || self.written.load(Ordering::SeqCst);
+        while written() < enough {
+            let before = written();
+            assert!(
+                self.wait(PATIENCE * 4, || written() != before),
+                "nobody writes; met so far: {:?}",
+                self.complaints()
+            );
+        }
+    }
+
+    /// A worker was away.
+    pub fn absent(&self, absence: Absence) {
+        self.absences.lock().unwrap().push(absence);
+    }
+
+    /// All such times.
+    pub fn absences(&self) -> Vec<Absence> {
+        self.absences.lock().unwrap().clone()
     }
 
     /// Something that must not happen.

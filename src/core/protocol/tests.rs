@@ -36,7 +36,7 @@ fn lengths_take_one_three_or_nine_bytes() {
 fn a_descent_or_another_channel_begins_a_new_frame() {
     let ids = |ids: &[i64]| ids.iter().map(|id| notification(*id, "a", "{}")).collect::<Vec<_>>();
     assert_eq!(runs(&ids(&[1, 2, 5, 3, 4, 4]), true), [0..3, 3..5, 5..6]);
-    assert_eq!(runs(&[], true), []);
+    assert!(runs(&[], true).is_empty());
     let mixed = [notification(1, "a", "{}"), notification(2, "b", "{}"), notification(3, "b", "{}")];
     assert_eq!(runs(&mixed, true), [0..1, 1..3]);
     assert_eq!(runs(&mixed, false).len(), 1);

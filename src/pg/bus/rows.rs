@@ -59,6 +59,12 @@ fn raw(row: &sql::Row) -> Outcome<RawRow> {
     })
 }
 
+/// An id and the transaction that wrote it.
+fn written(row: &sql::Row) -> Outcome<(i64, u32)> {
+    let xmin = row.get::<pg_sys::TransactionId>(2)?.map_or(0, |number| number.into_inner());
+    Ok((row.need(1)?, xmin))
+}
+
 const COLUMNS: &str = "id::bigint, channel::text, message::text, create_uid IS NULL, xmin";
 
 impl Bus {
@@ -216,6 +222,12 @@ impl Bus {
         Ok(i64::try_from(deleted).unwrap_or(i64::MAX))
     }
 
+    /// The visible rows above `low` up to `high`, with the transactions that wrote them.
+    pub fn ids_between(&self, low: i64, high: i64) -> Outcome<Vec<(i64, u32)>> {
+        let text = format!("SELECT id::bigint, xmin FROM {} WHERE id > $1 AND id <= $2 ORDER BY id", self.name);
+        self.as_owner(|| sql::rows(&text, &[low.into(), high.into()], written))
+    }
+
     /// The latest rows not older than `seconds`, with the transactions that wrote them.
     pub fn latest(&self, seconds: f64, limit: i64) -> Outcome<Vec<(i64, u32)>> {
         let text = format!(
@@ -223,11 +235,7 @@ impl Bus {
                     - pg_catalog.make_interval(secs => $1) ORDER BY id DESC LIMIT $2",
             self.name
         );
-        let read = |row: &sql::Row| {
-            let xmin = row.get::<pg_sys::TransactionId>(2)?.map_or(0, |number| number.into_inner());
-            Ok((row.need(1)?, xmin))
-        };
-        self.as_owner(|| sql::rows(&text, &[seconds.into(), limit.into()], read))
+        self.as_owner(|| sql::rows(&text, &[seconds.into(), limit.into()], written))
     }
 
     /// Moves rows into another bus table with their ids, oldest first, and drops those older than `seconds`: what was

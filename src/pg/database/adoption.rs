@@ -8,12 +8,14 @@ use crate::core::tracker::Tracker;
 use crate::pg::bus::{self, Bus, Moved};
 use crate::pg::report::{Outcome, report};
 use crate::pg::transaction::{self, Failure, set_local};
-use crate::pg::{guc, jobs, ring, trigger, worker};
+use crate::pg::{bookmark, guc, jobs, ring, trigger, worker};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering;
 
 /// How far below the greatest id a worker that knows nothing looks for ids that are still in flight.
 const START_WINDOW: i64 = 10_000;
+/// How far below the greatest id rows are looked for that were written under ids which had counted as passed.
+pub const RECENT_IDS: i64 = 100_000;
 /// Rows younger than this (seconds) are dispatched by a worker that knows nothing: it cannot tell whether anybody was
 /// told of them.
 const BEGINNING: f64 = 15.0;
@@ -42,7 +44,9 @@ impl Database {
             Ok((own, odoo, bus::table()?))
         })?;
         let retention = transaction::run(bus::retention)?;
-        self.history = transaction::run(|| own.load_bookmarks(retention))?;
+        let (history, seen) = transaction::run(|| own.load_bookmarks(retention))?;
+        self.history = history;
+        self.snapshot = transaction::run(bookmark::snapshot)?;
         let ours = |table: u32| table == own.oid() || odoo.as_ref().is_some_and(|odoo| odoo.oid() == table);
         let resumed = self.resume_from.take().filter(|position| ours(position.table));
         self.is_catching_up = resumed.is_none() && !self.history.is_empty();
@@ -59,6 +63,18 @@ impl Database {
         let epoch = u64::try_from(worker::now()).unwrap_or(1);
         let mut tracker = Tracker::new(position, bus.holders(), epoch);
         tracker.moved(bus.oid());
+        if self.is_overrun {
+            self.inherited = transaction::run(bookmark::prepared)?.into_iter().collect();
+        }
+        if let Some(seen) = seen.filter(|_| self.is_catching_up) {
+            // Ids that counted as passed at the bookmark, written since: the ring that announced them is gone.
+            let low = tracker.high().saturating_sub(RECENT_IDS);
+            for (id, xmin) in transaction::run(|| bus.ids_between(low, tracker.high()))? {
+                if !seen.sees(xmin) {
+                    tracker.promised((id, id), || bus.holders());
+                }
+            }
+        }
         self.tracker = Some(tracker);
         self.bus = Some(bus);
         self.drain();
@@ -74,14 +90,14 @@ impl Database {
         for ago in [retention, RECENT].into_iter().filter(|ago| *ago > BEGINNING) {
             let position = transaction::run(|| {
                 let position = at(bus.last_id_before(ago)?);
-                own.keep_bookmark(&position, ago)?;
+                own.keep_bookmark(&position, ago, "")?;
                 Ok(position)
             })?;
             self.history.push(worker::now() - (ago * 1e6) as i64, position);
         }
         let position = transaction::run(|| {
             let position = beginning(bus)?;
-            own.keep_bookmark(&position, 0.0)?;
+            own.keep_bookmark(&position, 0.0, "")?;
             Ok(position)
         })?;
         self.history.push(worker::now(), position.clone());
@@ -191,13 +207,16 @@ impl Database {
     pub(super) fn bookmark(&mut self) {
         let Some(tracker) = self.tracker.as_ref().filter(|_| self.has_news() && !self.is_catching_up) else { return };
         let position = tracker.position(self.ring_position());
+        let before = self.snapshot.clone();
         let kept = transaction::run(|| {
             // A bookmark lost in a crash is as good as one not made yet.
             set_local(c"synchronous_commit", c"off");
-            bus::candidates()?.0.keep_bookmark(&position, 0.0)
+            bus::candidates()?.0.keep_bookmark(&position, 0.0, &before)?;
+            bookmark::snapshot()
         });
         match kept {
-            Ok(()) => {
+            Ok(snapshot) => {
+                self.snapshot = snapshot;
                 self.history.push(worker::now(), position.clone());
                 self.bookmarked = Some(position);
             }

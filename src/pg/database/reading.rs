@@ -1,7 +1,7 @@
 //! Reading: what the ring announces is read by primary key and handed on in the order of commits; now and then, and
 //! when there is reason to, the table itself is looked at for rows that nobody announced.
 
-use super::adoption::CHANGED;
+use super::adoption::{CHANGED, RECENT_IDS};
 use super::{Database, GAP_LOOKOUT, GAPS_AT_ONCE, LOOKOUT};
 use crate::core::channel::Channel;
 use crate::core::intake::Next;
@@ -191,6 +191,9 @@ impl Database {
                 break;
             }
         }
+        if numbers.iter().any(|number| self.inherited.remove(number)) {
+            found.extend(self.inherited_rows(numbers)?);
+        }
         found.sort_by_key(|(row, _)| (self.promises.get(&row.id).copied().unwrap_or(u64::MAX), row.id));
         for (row, _) in &found {
             self.promises.remove(&row.id);
@@ -198,6 +201,19 @@ impl Database {
         let transaction = UNANNOUNCED | numbers.first().copied().map_or(0, u64::from);
         self.hand_on(found.into_iter().map(|(row, _)| (row, transaction)).collect());
         Ok(())
+    }
+
+    /// Rows of a transaction that was prepared before this worker began, under ids that had counted as passed.
+    fn inherited_rows(&self, numbers: &[u32]) -> Result<Vec<Found>, Failure> {
+        let Some(tracker) = &self.tracker else { return Ok(Vec::new()) };
+        let (high, gaps) = (tracker.high(), tracker.position(0));
+        let rows = transaction::run(|| {
+            let bus = self.same_table()?;
+            let recent = bus.ids_between(high.saturating_sub(RECENT_IDS), high)?;
+            let mine = recent.into_iter().filter(|(id, xmin)| numbers.contains(xmin) && gaps.covers(*id));
+            bus.among(&mine.map(|(id, _)| id).collect::<Vec<_>>(), Scope::All)
+        })?;
+        Ok(rows.into_iter().map(|row| (row, 0)).collect())
     }
 
     /// Entries of the ring were overwritten before they were read. What they announced is older than all that the ring
