@@ -36,6 +36,7 @@ lint:
 unit:
 	$(CARGO) test --no-default-features --lib
 bench:
+	scripts/setup
 	bench/publish
 	bench/latency
 

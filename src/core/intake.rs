@@ -14,6 +14,8 @@ struct Waiting {
     /// Tells transactions apart.
     transaction: u64,
     what: What,
+    /// How many of its ids are done.
+    taken: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -38,9 +40,17 @@ pub enum Next {
 pub struct Intake {
     waiting: VecDeque<Waiting>,
     transactions: u64,
+    /// An entry of which so many ids were done by an earlier reader.
+    begun: Option<(u64, u64)>,
 }
 
 impl Intake {
+    /// Begins anew: of the entry at this index so many ids are done.
+    pub fn begin(&mut self, index: u64, taken: u64) {
+        self.waiting.clear();
+        self.begun = (taken > 0).then_some((index, taken));
+    }
+
     /// Takes in an entry of the ring. False when there is no room: then all that waited is forgotten.
     pub fn push(&mut self, index: u64, entry: Entry) -> bool {
         let what = match entry.kind {
@@ -52,7 +62,11 @@ impl Intake {
             self.waiting.clear();
             return false;
         }
-        self.waiting.push_back(Waiting { index, transaction: self.transactions, what });
+        let mut waiting = Waiting { index, transaction: self.transactions, what, taken: 0 };
+        let taken = self.begun.filter(|(begun, _)| *begun == index).map_or(0, |(_, taken)| taken);
+        if waiting.take(taken) {
+            self.waiting.push_back(waiting);
+        }
         if matches!(entry.kind, Kind::Committed) {
             self.transactions += 1;
         }
@@ -121,10 +135,12 @@ impl Intake {
             Next::Finished(numbers) => drop(self.waiting.drain(..numbers.len().min(self.waiting.len()))),
             Next::Rows(rows) => {
                 let mut left = rows.len() as u64;
-                while let Some(Waiting { what: What::Ids(first, last), .. }) = self.waiting.front_mut() {
-                    let count = last.abs_diff(*first) + 1;
+                while let Some(waiting) = self.waiting.front_mut()
+                    && let Some((first, last)) = waiting.ids()
+                {
+                    let count = last.abs_diff(first) + 1;
                     if left < count {
-                        *first += left as i64;
+                        waiting.take(left);
                         return;
                     }
                     left -= count;
@@ -139,13 +155,21 @@ impl Intake {
         self.waiting.iter().map(|waiting| waiting.index).min()
     }
 
-    /// Forgets all of it.
-    pub fn clear(&mut self) {
-        self.waiting.clear();
+    /// How many ids are done of the entry at [`Intake::position`].
+    pub fn taken(&self) -> u64 {
+        self.waiting.iter().min_by_key(|waiting| waiting.index).map_or(0, |waiting| waiting.taken)
     }
 }
 
 impl Waiting {
+    /// So many of its ids are done; whether any are left.
+    fn take(&mut self, count: u64) -> bool {
+        let What::Ids(first, last) = &mut self.what else { return true };
+        self.taken += count;
+        *first = first.saturating_add_unsigned(count);
+        first <= last
+    }
+
     fn ids(&self) -> Option<(i64, i64)> {
         match self.what {
             What::Ids(first, last) => Some((first, last)),
@@ -185,6 +209,21 @@ mod tests {
         intake.done(&intake.next(10));
         assert!(intake.is_empty());
         assert_eq!(intake.next(10), Next::Nothing);
+    }
+
+    #[test]
+    fn another_reader_goes_on_in_the_middle_of_an_entry() {
+        let mut intake = Intake::default();
+        push(&mut intake, 4, Kind::Committed, 10, 19);
+        intake.done(&intake.next(7));
+        assert_eq!((intake.position(), intake.taken()), (Some(4), 7));
+        let mut other = Intake::default();
+        other.begin(4, 7);
+        push(&mut other, 4, Kind::Committed, 10, 19);
+        push(&mut other, 5, Kind::Committed, 1, 1);
+        assert_eq!(other.next(9), Next::Rows(vec![(17, 0), (18, 0), (19, 0), (1, 1)]));
+        other.done(&other.next(1));
+        assert_eq!(other.taken(), 8);
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub struct Position {
     pub gaps: Vec<Range>,
     /// How far the commit-order ring was read (an index into it).
     pub ring: u64,
+    /// How many ids of the entry there were dispatched already.
+    pub taken: u64,
     /// The worker process whose journal `journal` counts; another one has another journal.
     pub epoch: u64,
     /// How many notifications that worker had dispatched.

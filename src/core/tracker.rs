@@ -54,7 +54,7 @@ impl Tracker {
     pub fn position(&self, ring: u64) -> Position {
         let gaps = self.ranges();
         let (table, high, epoch, journal) = (self.table, self.high, self.epoch, self.journal.end());
-        Position { table, high, gaps, ring, epoch, journal }.coarse()
+        Position { table, high, gaps, ring, taken: 0, epoch, journal }.coarse()
     }
 
     /// The ids that are waited for.
@@ -153,7 +153,7 @@ impl Tracker {
 
     /// Without counting the journal that is being written.
     fn position_before(&self, ring: u64) -> Position {
-        Position { table: self.table, high: self.high, gaps: self.ranges(), ring, epoch: self.epoch, journal: 0 }
+        Position { ring, ..Position { table: self.table, high: self.high, gaps: self.ranges(), ..Position::default() } }
     }
 
     /// Whether an id came after it counted as passed.

@@ -361,7 +361,7 @@ impl Database {
         match (&mut self.tracker, &self.bus, position) {
             (Some(tracker), Some(bus), Some(position)) => {
                 self.reader = Reader::new(position.ring);
-                self.intake.clear();
+                self.intake.begin(position.ring, position.taken);
                 tracker.rewind(position, bus.holders());
             }
             (_, _, position) => self.resume_from = position,

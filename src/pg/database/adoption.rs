@@ -59,7 +59,7 @@ impl Database {
             (None, None) => self.first(&own, &bus, retention, head)?,
         };
         self.reader = Reader::new(position.ring);
-        self.intake.clear();
+        self.intake.begin(position.ring, position.taken);
         let epoch = u64::try_from(worker::now()).unwrap_or(1);
         let mut tracker = Tracker::new(position, bus.holders(), epoch);
         tracker.moved(bus.oid());

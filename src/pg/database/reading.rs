@@ -278,7 +278,8 @@ impl Database {
         let (Some(bus), ring) = (self.bus.clone(), self.ring_position()) else { return };
         let Some(tracker) = &self.tracker else { return };
         let rows: Vec<Found> = rows.into_iter().filter(|(row, _)| !tracker.journal.holds(row.id, row.xmin)).collect();
-        let start = tracker.position(ring);
+        let taken = self.intake.taken();
+        let start = Position { taken, ..tracker.position(ring) };
         if rows.is_empty() {
             return;
         }
@@ -297,7 +298,7 @@ impl Database {
         let replays = &self.replays;
         let needed = || replays.values().map(super::replays::Answer::needs).min().unwrap_or(u64::MAX);
         tracker.dispatched(&entries, drawn, || bus.holders(), ring, needed);
-        let end = tracker.position(ring);
+        let end = Position { taken, ..tracker.position(ring) };
         self.slot.position.store(end.high, Ordering::Relaxed);
         self.slot.gaps.store(tracker.gaps() as u64, Ordering::Relaxed);
         if tracker.gaps() > 0 {
