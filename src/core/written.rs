@@ -1,6 +1,6 @@
 //! What one transaction has inserted into the bus table, savepoints minded. Ids in ranges, in the order of insertion.
 
-/// Ranges kept allocated from one transaction to the next.
+/// Ranges whose memory is kept from one transaction to the next.
 const SPARE: usize = 64;
 
 /// The ids of one transaction.
@@ -43,10 +43,12 @@ impl Written {
         self.ranges.is_empty()
     }
 
-    /// Forgets everything.
+    /// Forgets everything. Gives memory back, never asks for any: shrinking would.
     pub fn clear(&mut self) {
         self.ranges.clear();
-        self.ranges.shrink_to(SPARE);
+        if self.ranges.capacity() > SPARE {
+            self.ranges = Vec::new();
+        }
     }
 
     /// Where the ranges of an open savepoint begin.
@@ -99,6 +101,13 @@ mod tests {
         Savepoint,
         Release,
         Rollback,
+        /// To the savepoint this many levels further out: PostgreSQL may end those inside it with it.
+        RollbackFar(usize),
+    }
+
+    /// The fewest ranges that say the same.
+    fn fewest(ids: &[i64]) -> usize {
+        ids.windows(2).filter(|pair| pair[0].checked_add(1) != Some(pair[1])).count() + usize::from(!ids.is_empty())
     }
 
     fn act() -> impl Strategy<Value = Act> {
@@ -107,6 +116,7 @@ mod tests {
             2 => Just(Act::Savepoint),
             1 => Just(Act::Release),
             1 => Just(Act::Rollback),
+            1 => (1usize..4).prop_map(Act::RollbackFar),
         ]
     }
 
@@ -135,10 +145,29 @@ mod tests {
                         written.abort_level(level);
                         open.pop();
                     }
+                    Act::RollbackFar(levels) if open.len() > levels => {
+                        written.abort_level(level + 1 - levels as u32);
+                        open.truncate(open.len() - levels);
+                    }
                     _ => {}
                 }
                 prop_assert_eq!(ids(&written), open.concat());
+                let least: usize = fewest(&open.concat());
+                let most: usize = open.iter().map(|ids| fewest(ids)).sum();
+                prop_assert!((least..=most).contains(&written.ranges().len()));
             }
         }
+    }
+
+    #[test]
+    fn no_great_capacity_is_kept() {
+        let mut written = Written::default();
+        (0..3).for_each(|id| written.note(1, 2 * id));
+        let capacity = written.ranges.capacity();
+        written.clear();
+        assert_eq!(written.ranges.capacity(), capacity);
+        (0..10_000).for_each(|id| written.note(1, 2 * id));
+        written.clear();
+        assert_eq!((written.is_empty(), written.ranges.capacity()), (true, 0), "shrinking would ask for memory");
     }
 }

@@ -62,6 +62,8 @@ struct Database {
     history: History,
     reader: Reader,
     intake: Intake,
+    /// The bus table has its trigger, so that every insert is announced.
+    attached: bool,
     /// All that this snapshot sees is dispatched by the time of the next bookmark.
     snapshot: String,
     /// Transactions that were prepared before this worker began without knowing of their ids.
@@ -191,6 +193,7 @@ impl Database {
             history: History::default(),
             reader: Reader::default(),
             intake: Intake::default(),
+            attached: false,
             snapshot: String::new(),
             inherited: HashSet::new(),
             promises: HashMap::new(),

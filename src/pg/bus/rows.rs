@@ -228,6 +228,12 @@ impl Bus {
         self.as_owner(|| sql::rows(&text, &[low.into(), high.into()], written))
     }
 
+    /// The commands of their transaction that wrote these rows: the order of sending, as far as the table knows it.
+    pub fn commands(&self, ids: &[i64]) -> Outcome<Vec<(i64, i64)>> {
+        let text = format!("SELECT id::bigint, cmin::text::bigint FROM {} WHERE id = ANY($1)", self.name);
+        self.as_owner(|| sql::rows(&text, &[ids.to_vec().into()], |row| Ok((row.need(1)?, row.need(2)?))))
+    }
+
     /// The latest rows not older than `seconds`, with the transactions that wrote them.
     pub fn latest(&self, seconds: f64, limit: i64) -> Outcome<Vec<(i64, u32)>> {
         let text = format!(

@@ -76,6 +76,7 @@ impl Database {
             }
         }
         self.tracker = Some(tracker);
+        self.attached = !bus.is_odoo;
         self.bus = Some(bus);
         self.drain();
         Ok(true)
@@ -124,6 +125,7 @@ impl Database {
             let unknown = written.into_iter().filter(|(id, xmin)| !tracker.journal.holds(*id, *xmin));
             unknown.collect::<Vec<_>>().into_iter().for_each(|(id, _)| tracker.promised((id, id), || bus.holders()));
         }
+        self.attached = !bus.is_odoo;
         self.bus = Some(bus);
         self.look_due = true;
         self.next_care = self.last_look;
@@ -142,10 +144,13 @@ impl Database {
             self.complain(format!("imbus could not look after the bus of database \"{}\": {failure}", self.name));
         }
         let Some(bus) = self.bus.as_ref().filter(|bus| bus.is_odoo).cloned() else { return };
-        if let Err(failure) = transaction::run(|| trigger::attach(&bus)) {
-            // Somebody has the table locked; until the trigger is there the look-out finds what is inserted.
-            self.next_look = self.next_look.min(std::time::Instant::now() + super::GAP_LOOKOUT);
-            pgrx::debug1!("imbus could not attach its trigger in database \"{}\" yet: {failure}", self.name);
+        match transaction::run(|| trigger::attach(&bus)) {
+            Ok(()) => self.attached = true,
+            Err(failure) => {
+                // Somebody has the table locked; until the trigger is there the look-out finds what is inserted.
+                self.next_look = self.next_look.min(std::time::Instant::now() + super::GAP_LOOKOUT);
+                pgrx::debug1!("imbus could not attach its trigger in database \"{}\" yet: {failure}", self.name);
+            }
         }
     }
 

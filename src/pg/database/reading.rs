@@ -15,6 +15,7 @@ use crate::pg::bus::{self, Bus, RawRow, Scope};
 use crate::pg::report::Outcome;
 use crate::pg::transaction::{self, Failure};
 use crate::pg::{guc, ring, worker};
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -129,7 +130,7 @@ impl Database {
             // Written to imbus's own table by a transaction that began before Odoo's took over.
             rows = transaction::run(|| self.same_table()?.among(&ids, Scope::All))?;
         }
-        let mut transactions: std::collections::HashMap<i64, u64> = announced.iter().copied().collect();
+        let mut transactions: HashMap<i64, u64> = announced.iter().copied().collect();
         let found = rows.into_iter().map(|row| {
             let transaction = transactions.remove(&row.id).unwrap_or_default();
             (row, transaction)
@@ -144,7 +145,8 @@ impl Database {
     /// committed after all of that, or was never to come into it (doc of core::ring).
     fn look(&mut self) -> Result<(), Failure> {
         let (Some(bus), Some(tracker)) = (self.bus.clone(), &self.tracker) else { return Ok(()) };
-        let look = tracker.begin_look();
+        // Without the trigger nobody announces an id that is used after it counted as passed: nothing counts as passed.
+        let look = Some(tracker.begin_look()).filter(|_| self.attached);
         self.last_look = Instant::now();
         // Whoever ended before the snapshot is taken is seen by it.
         let before = bus.holders();
@@ -164,7 +166,9 @@ impl Database {
         }
         self.hand_on(rows);
         let Some(tracker) = &mut self.tracker else { return Ok(()) };
-        tracker.settle(look, &before);
+        if let Some(look) = look {
+            tracker.settle(look, &before);
+        }
         self.look_due = more.is_some();
         if more.is_none() && std::mem::take(&mut self.is_catching_up) {
             tracker.journal.begin_exact();
@@ -194,7 +198,16 @@ impl Database {
         if numbers.iter().any(|number| self.inherited.remove(number)) {
             found.extend(self.inherited_rows(numbers)?);
         }
-        found.sort_by_key(|(row, _)| (self.promises.get(&row.id).copied().unwrap_or(u64::MAX), row.id));
+        let mut order: HashMap<i64, (u64, i64)> = HashMap::new();
+        if found.iter().any(|(row, _)| !self.promises.contains_key(&row.id)) {
+            // Prepared before this worker began, or more than it can remember.
+            let ids: Vec<i64> = found.iter().map(|(row, _)| row.id).collect();
+            let commands = transaction::run(|| self.same_table()?.commands(&ids))?;
+            order.extend(commands.into_iter().map(|(id, command)| (id, (0, command))));
+        } else {
+            order.extend(found.iter().filter_map(|(row, _)| Some((row.id, (*self.promises.get(&row.id)?, 0)))));
+        }
+        found.sort_by_key(|(row, _)| (order.get(&row.id).copied().unwrap_or_default(), row.id));
         for (row, _) in &found {
             self.promises.remove(&row.id);
         }
