@@ -66,6 +66,20 @@ impl Report {
         self.counts.is_empty()
     }
 
+    /// Whether every promise was kept that holds across the end of a worker or of the server: there what was sent may be
+    /// sent again, by id rather than in the order of commits, but nothing is lost and nothing comes that must not.
+    pub fn is_whole(&self) -> bool {
+        let again = [
+            Promise::DoubledByWorker,
+            Promise::WithinTransaction,
+            Promise::WithinPrepared,
+            Promise::AcrossTransactions,
+            Promise::AcrossWorker,
+            Promise::SameForAll,
+        ];
+        self.counts.keys().all(|promise| again.contains(promise))
+    }
+
     /// Enters a fault with a message of this transaction.
     fn fault(&mut self, promise: Promise, entry: &Entry, words: impl FnOnce() -> String) {
         *self.kinds.entry((promise, entry.database, entry.how)).or_default() += 1;

@@ -65,7 +65,8 @@ pub fn run(sizes: Sizes) {
     let (entries, stories) = std::thread::scope(|scope| cast.play(scope));
     let report = cast.compare(entries, &stories);
     print!("{report}");
-    assert!(report.is_clean(), "IMBUS_SEED={} broke the guarantee:\n{report}", sizes.seed);
+    let kept = if sizes.chaos > 0 { report.is_whole() } else { report.is_clean() };
+    assert!(kept, "IMBUS_SEED={} broke the guarantee:\n{report}", sizes.seed);
 }
 
 struct Cast<'a> {
