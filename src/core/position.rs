@@ -9,7 +9,7 @@ pub type Range = (i64, i64);
 
 /// Gaps that a position carries at most; more are merged, which uncovers ids between them (they may be delivered again
 /// after a restart, never lost).
-const GAPS_MAX: usize = 1000;
+const GAPS_MAX: usize = 8192;
 
 /// Everything up to `high` was dispatched, except what lies in `gaps`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -58,6 +58,14 @@ impl Database {
             (None, Some(newest)) => Position { ring: head, ..newest.clone() },
             (None, None) => self.first(&own, &bus, retention, head)?,
         };
+        pgrx::debug1!(
+            "imbus begins at id {} of the bus of database \"{}\", {} gaps, ring {}, {}",
+            position.high,
+            self.name,
+            position.gaps.len(),
+            position.ring,
+            if self.is_overrun { "from a bookmark" } else { "from the gateway's position" }
+        );
         self.reader = Reader::new(position.ring);
         self.intake.begin(position.ring, position.taken);
         let epoch = u64::try_from(worker::now()).unwrap_or(1);
