@@ -2,7 +2,7 @@
 //! it, rows are read from the table. Knows nothing of positions but that one stands at each chunk's beginning.
 
 use super::position::Position;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use std::ops::Range;
 /// second and cost 6 MiB with their index).
 pub const KEPT: usize = if cfg!(test) { 64 } else { 1 << 17 };
 
-/// Dispatches remembered at most, where a slow replay still needs them.
+/// Dispatches remembered at most, where a replay needs them: a slow one that is under way, or one of the last 50 s.
 pub const KEPT_MAX: usize = if cfg!(test) { 256 } else { 1 << 20 };
 
 /// Dispatches that share a remembered position, and are forgotten together.
@@ -40,19 +40,32 @@ impl Hasher for IdHasher {
         bytes.iter().for_each(|byte| self.write_i64(i64::from(*byte)));
     }
 
+    fn write_u32(&mut self, channel: u32) {
+        self.write_i64(i64::from(channel));
+    }
+
     fn write_i64(&mut self, id: i64) {
         let mixed = (self.0 ^ id as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = mixed ^ (mixed >> 32);
     }
 }
 
+/// An entry as it is kept: with the number after that of the entry before it of the same channel, 0 for none.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    entry: Entry,
+    previous: u64,
+}
+
 /// The journal. Entries are numbered from 0 on in the life of a worker.
 #[derive(Clone, Debug, Default)]
 pub struct Journal {
     start: u64,
-    entries: VecDeque<Entry>,
+    entries: VecDeque<Kept>,
     /// The number of the latest entry of each id.
     index: HashMap<i64, u64, BuildHasherDefault<IdHasher>>,
+    /// The number of the latest entry of each channel.
+    channels: HashMap<u32, u64, BuildHasherDefault<IdHasher>>,
     /// Positions before the entries of these numbers, ascending; the first is the beginning's.
     chunks: VecDeque<(u64, Position)>,
     /// Entries before this one may have been dispatched by an earlier worker too, in another order.
@@ -105,7 +118,26 @@ impl Journal {
     pub fn slice(&self, numbers: Range<u64>) -> impl Iterator<Item = (u64, Entry)> + '_ {
         let place = |number: u64| (number.clamp(self.start, self.end()) - self.start) as usize;
         let (from, to) = (place(numbers.start), place(numbers.end).max(place(numbers.start)));
-        (self.start + from as u64..).zip(self.entries.range(from..to).copied())
+        (self.start + from as u64..).zip(self.entries.range(from..to).map(|kept| kept.entry))
+    }
+
+    /// The entries of these channels from this number on, in order, with their numbers; None when there are more than
+    /// `limit`. The work is one step for each of them, however long the journal is.
+    pub fn of_channels(&self, channels: &HashSet<u32>, from: u64, limit: usize) -> Option<Vec<(u64, Entry)>> {
+        let mut found = Vec::new();
+        for channel in channels {
+            let mut next = self.channels.get(channel).copied();
+            while let Some(number) = next.filter(|number| *number >= from.max(self.start)) {
+                let kept = self.kept(number)?;
+                if found.len() >= limit {
+                    return None;
+                }
+                found.push((number, kept.entry));
+                next = kept.previous.checked_sub(1);
+            }
+        }
+        found.sort_unstable_by_key(|(number, _)| *number);
+        Some(found)
     }
 
     /// Adds what is dispatched now; `position` is the one before it. `needed` is the first entry that a replay still
@@ -120,8 +152,10 @@ impl Journal {
             self.chunks.push_back((self.end(), position()));
         }
         for entry in entries {
-            self.index.insert(entry.id, self.end());
-            self.entries.push_back(entry);
+            let number = self.end();
+            self.index.insert(entry.id, number);
+            let previous = self.channels.insert(entry.channel, number).map_or(0, |previous| previous + 1);
+            self.entries.push_back(Kept { entry, previous });
         }
         if self.entries.len() > KEPT + CHUNK as usize {
             self.trim(needed());
@@ -131,10 +165,14 @@ impl Journal {
     /// Forgets the entries from this number on: nobody has seen them.
     pub fn truncate(&mut self, end: u64) {
         while self.end() > end.max(self.start) {
-            let Some(entry) = self.entries.pop_back() else { break };
+            let Some(Kept { entry, previous }) = self.entries.pop_back() else { break };
             if self.index.get(&entry.id) == Some(&self.end()) {
                 self.index.remove(&entry.id);
             }
+            match previous.checked_sub(1).filter(|previous| *previous >= self.start) {
+                Some(previous) => self.channels.insert(entry.channel, previous),
+                None => self.channels.remove(&entry.channel),
+            };
         }
         self.exact = self.exact.min(self.end());
         while self.chunks.len() > 1 && self.chunks.back().is_some_and(|(at, _)| *at > self.end()) {
@@ -143,7 +181,11 @@ impl Journal {
     }
 
     fn entry(&self, number: u64) -> Option<Entry> {
-        self.entries.get(usize::try_from(number.checked_sub(self.start)?).ok()?).copied()
+        self.kept(number).map(|kept| kept.entry)
+    }
+
+    fn kept(&self, number: u64) -> Option<&Kept> {
+        self.entries.get(usize::try_from(number.checked_sub(self.start)?).ok()?)
     }
 
     /// Forgets the oldest chunks.
@@ -154,9 +196,12 @@ impl Journal {
                 return;
             }
             for number in self.start..*next {
-                let Some(entry) = self.entries.pop_front() else { break };
+                let Some(Kept { entry, .. }) = self.entries.pop_front() else { break };
                 if self.index.get(&entry.id) == Some(&number) {
                     self.index.remove(&entry.id);
+                }
+                if self.channels.get(&entry.channel) == Some(&number) {
+                    self.channels.remove(&entry.channel);
                 }
             }
             self.start = *next;
@@ -217,6 +262,32 @@ mod tests {
         let (_, first) = journal.slice(0..u64::MAX).next().unwrap();
         assert_eq!(journal.base().unwrap().high, first.id - 1);
         assert!(!journal.holds(first.id - 1, 1) && journal.holds(count, 1));
+    }
+
+    #[test]
+    fn the_entries_of_a_channel_are_found_by_it_however_the_journal_changed() {
+        let mut journal = Journal::new(Position::default());
+        let channel = |id: i64| (id % 3) as u32;
+        let mine = |journal: &Journal, from: u64, limit: usize| -> Option<Vec<i64>> {
+            let found = journal.of_channels(&[1, 7].into(), from, limit)?;
+            Some(found.into_iter().map(|(_, entry)| entry.id).collect())
+        };
+        let by_hand = |journal: &Journal, from: u64| -> Vec<i64> {
+            journal.slice(from..u64::MAX).filter(|(_, entry)| entry.channel == 1).map(|(_, entry)| entry.id).collect()
+        };
+        for id in 1..=3 * KEPT as i64 {
+            journal.extend([Entry { id, xmin: 1, channel: channel(id) }], Position::default, || u64::MAX);
+            if id % 31 == 0 {
+                journal.truncate(journal.end() - 7);
+            }
+            let from = journal.end().saturating_sub(20);
+            assert_eq!(mine(&journal, from, 20), Some(by_hand(&journal, from)));
+        }
+        assert!(journal.start() > 0 && journal.channels.len() <= 3);
+        assert_eq!(mine(&journal, 0, KEPT_MAX), Some(by_hand(&journal, 0)));
+        assert_eq!(mine(&journal, 0, by_hand(&journal, 0).len() - 1), None);
+        journal.truncate(0);
+        assert!(journal.channels.is_empty() && journal.index.is_empty());
     }
 
     #[test]

@@ -109,6 +109,11 @@ impl History {
         self.bookmarks.get(end.checked_sub(1)?).map(|(_, position)| position)
     }
 
+    /// Forgets what was remembered of this worker's journal (`epoch`) beyond an entry: its numbers are given again.
+    pub fn rewind(&mut self, epoch: u64, journal: u64) {
+        self.bookmarks.retain(|(_, position)| position.epoch != epoch || position.journal <= journal);
+    }
+
     /// Forgets what lies before a moment, but for the newest of it.
     pub fn prune(&mut self, moment: i64) {
         while self.bookmarks.get(1).is_some_and(|(at, _)| *at <= moment) {

@@ -1,6 +1,7 @@
 //! What a client that comes back is owed, and in which order: first what only the table still knows, by id, then the
 //! journal, in the order of dispatch. So wherever an answer is cut, the last id the client has had is its position.
 
+use super::journal::Entry;
 use super::position::{History, Position, Range};
 use super::tracker::Tracker;
 use std::collections::HashSet;
@@ -12,7 +13,7 @@ pub const RECENT: i64 = 50_000_000;
 pub const PAGE: usize = 1000;
 
 /// Journal entries looked through in one step.
-const LOOKED_AT: u64 = 1 << 16;
+const LOOKED_AT: u64 = if cfg!(test) { 16 } else { 1 << 16 };
 
 /// What to read next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +66,9 @@ impl Replay {
         };
         if recent {
             let before = history.before(now - RECENT).cloned().unwrap_or_default();
-            return replay(before, Stage::Gaps, journal.start());
+            // What the journal has forgotten was dispatched before that bookmark.
+            let stage = if tracker.still_has(&before) { Stage::Journal } else { Stage::Gaps };
+            return replay(before, stage, journal.start());
         }
         if let Some(at) = journal.place(last) {
             return replay(Position::default(), Stage::Journal, at + 1);
@@ -126,20 +129,32 @@ impl Replay {
         if self.cursor < journal.start() {
             return Step::Lost;
         }
+        let end = (self.cursor + LOOKED_AT).min(journal.end());
+        if end == journal.end() {
+            return self.collect(tracker, end, journal.slice(self.cursor..end));
+        }
+        match journal.of_channels(&self.channels, self.cursor, LOOKED_AT as usize) {
+            Some(found) => self.collect(tracker, journal.end(), found),
+            None => self.collect(tracker, end, journal.slice(self.cursor..end)),
+        }
+    }
+
+    /// A page of what is owed of these entries, which are all of the client's channels from the cursor up to `end`.
+    fn collect(&mut self, tracker: &Tracker, end: u64, entries: impl IntoIterator<Item = (u64, Entry)>) -> Step {
         let is_filtered = self.before != Position::default();
         let mut ids = Vec::new();
-        let end = (self.cursor + LOOKED_AT).min(journal.end());
-        for (number, entry) in journal.slice(self.cursor..end) {
-            self.cursor = number + 1;
+        for (number, entry) in entries {
             let owed = number >= self.until || !is_filtered || self.passes(entry.id) || tracker.is_late(entry.id);
             if owed && self.channels.contains(&entry.channel) {
                 ids.push(entry.id);
                 if ids.len() >= PAGE {
-                    break;
+                    self.cursor = number + 1;
+                    return Step::Among(ids);
                 }
             }
         }
-        if ids.is_empty() && self.cursor >= journal.end() { Step::Done } else { Step::Among(ids) }
+        self.cursor = end;
+        if ids.is_empty() && end >= tracker.journal.end() { Step::Done } else { Step::Among(ids) }
     }
 }
 

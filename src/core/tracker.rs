@@ -42,7 +42,7 @@ impl Tracker {
     pub fn rewind(&mut self, position: Position, holders: Holders) {
         let journal = std::mem::take(&mut self.journal);
         let end = position.journal;
-        let mine = position.epoch == self.epoch;
+        let mine = self.is_mine(&position);
         *self = Tracker { next_group: self.next_group, ..Tracker::new(position, holders, self.epoch) };
         if mine {
             self.journal = journal;
@@ -138,6 +138,16 @@ impl Tracker {
             let groups = &self.groups;
             self.gaps.retain(|_, (_, group)| groups.contains_key(group));
         }
+    }
+
+    /// Whether the journal has all that was dispatched after this position.
+    pub fn still_has(&self, position: &Position) -> bool {
+        self.is_mine(position) && (self.journal.start()..=self.journal.end()).contains(&position.journal)
+    }
+
+    /// Whether a position counts this journal's entries.
+    pub fn is_mine(&self, position: &Position) -> bool {
+        position.epoch == self.epoch
     }
 
     /// The bus moved to another table; ids go on.

@@ -365,6 +365,7 @@ impl Database {
             (Some(tracker), Some(bus), Some(position)) => {
                 self.reader = Reader::new(position.ring);
                 self.intake.begin(position.ring, position.taken);
+                self.history.rewind(position.epoch, position.journal);
                 tracker.rewind(position, bus.holders());
             }
             (_, _, position) => self.resume_from = position,

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 
 const MINE: u32 = 7;
 const OTHER: u32 = 8;
+/// Between two dispatches, in microseconds.
+const SECOND: i64 = 1_000_000;
 
 /// A worker with a table, dispatching what it is told in that order, with bookmarks now and then.
 struct Worker {
@@ -12,6 +14,7 @@ struct Worker {
     history: History,
     table: BTreeMap<i64, u32>,
     order: Vec<i64>,
+    times: BTreeMap<i64, i64>,
     clock: i64,
 }
 
@@ -20,15 +23,16 @@ impl Worker {
         let tracker = Tracker::new(Position::default(), Default::default(), 1);
         let mut history = History::default();
         history.push(0, Position::default());
-        Worker { tracker, history, table: BTreeMap::new(), order: Vec::new(), clock: 0 }
+        Worker { tracker, history, table: BTreeMap::new(), order: Vec::new(), times: BTreeMap::new(), clock: 0 }
     }
 
     fn dispatch(&mut self, id: i64, channel: u32, needed: u64) {
-        self.clock += 1;
+        self.clock += SECOND;
         self.table.insert(id, channel);
         self.order.push(id);
+        self.times.insert(id, self.clock);
         self.tracker.dispatched(&[Entry { id, xmin: 1, channel }], i64::MAX, || [1].into(), 0, || needed);
-        if self.clock % 5 == 0 {
+        if self.clock % (5 * SECOND) == 0 {
             self.history.push(self.clock, self.tracker.position(0));
         }
     }
@@ -167,5 +171,51 @@ proptest! {
         }
         let too_old: Vec<&i64> = got.iter().filter(|id| **id < first - 60 - 30).collect();
         prop_assert!(too_old.is_empty(), "{:?} for last {}", too_old, first);
+    }
+
+    /// A client without a last id gets what was dispatched in the last 50 s, each once and in that order as far as the
+    /// journal reaches, whether that is all of it or not.
+    #[test]
+    fn the_recent_past_comes_whole_and_once(
+        count in 1i64..400,
+        late in proptest::collection::vec(0usize..30, 1..17),
+        rare in 1i64..40,
+        kept in any::<bool>(),
+        breaks in any::<bool>(),
+    ) {
+        let mut worker = Worker::new();
+        for id in order(count, &late) {
+            let recent = worker.history.before(worker.clock - RECENT).filter(|old| worker.tracker.is_mine(old));
+            let needed = recent.filter(|_| kept).map_or(u64::MAX, |position| position.journal);
+            worker.dispatch(id, if id % rare == 0 { MINE } else { OTHER }, needed);
+            if breaks && id % 97 == 0 {
+                let seen = worker.history.newest().cloned().unwrap_or_default();
+                worker.order.truncate(seen.journal as usize);
+                let end = worker.tracker.journal.end();
+                worker.history.rewind(1, seen.journal);
+                worker.tracker.rewind(seen.clone(), [1].into());
+                let again = (seen.journal..end).count();
+                let lost: Vec<i64> = worker.table.keys().copied().filter(|id| !worker.order.contains(id)).collect();
+                prop_assert_eq!(lost.len(), again);
+                for id in lost {
+                    let channel = worker.table[&id];
+                    worker.dispatch(id, channel, needed);
+                }
+            }
+        }
+        let got = worker.answer(0);
+        let recent = |id: &i64| worker.times[id] > worker.clock - RECENT;
+        let owed: Vec<i64> = worker.mine().filter(recent).collect();
+        let missing: Vec<&i64> = owed.iter().filter(|id| !got.contains(id)).collect();
+        prop_assert!(missing.is_empty(), "missing {:?} of {:?}", missing, got);
+        prop_assert!(got.windows(2).all(|pair| pair[0] != pair[1]));
+        let mut once = got.clone();
+        once.sort_unstable();
+        once.dedup();
+        prop_assert_eq!(once.len(), got.len(), "twice: {:?}", got);
+        if kept {
+            let tail: Vec<i64> = got.iter().copied().filter(|id| owed.contains(id)).collect();
+            prop_assert_eq!(tail, owed);
+        }
     }
 }

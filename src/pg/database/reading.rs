@@ -9,6 +9,7 @@ use crate::core::journal::Entry;
 use crate::core::link::Event;
 use crate::core::notification::Notification;
 use crate::core::position::Position;
+use crate::core::replay::RECENT;
 use crate::core::ring::Kind;
 use crate::core::{json, payload};
 use crate::pg::bus::{self, Bus, RawRow, Scope};
@@ -308,8 +309,10 @@ impl Database {
         }
         let drawn = self.drawn(&entries, &bus);
         let Some(tracker) = &mut self.tracker else { return };
-        let replays = &self.replays;
-        let needed = || replays.values().map(super::replays::Answer::needs).min().unwrap_or(u64::MAX);
+        let (replays, recent) = (&self.replays, self.history.before(worker::now() - RECENT));
+        // Of this worker's journal, what a client without a position would be sent.
+        let recent = recent.filter(|position| tracker.is_mine(position)).map(|position| position.journal);
+        let needed = || replays.values().map(super::replays::Answer::needs).chain(recent).min().unwrap_or(u64::MAX);
         tracker.dispatched(&entries, drawn, || bus.holders(), ring, needed);
         let end = Position { taken, ..tracker.position(ring) };
         self.slot.position.store(end.high, Ordering::Relaxed);

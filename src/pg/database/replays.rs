@@ -10,11 +10,12 @@ use crate::pg::bus::{RawRow, Scope};
 use crate::pg::transaction::{self, Failure};
 use crate::pg::worker;
 use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 
 /// Bytes of messages in one page; one more message may go over it.
 const PAGE_BYTES: usize = 1 << 20;
-/// Steps made for one page, however little they find: others are waiting.
-const STEPS: usize = 16;
+/// Steps made for one page, however little they find: others are waiting, and so is what is committed meanwhile.
+const STEPS: usize = 4;
 
 /// An answer under way.
 pub struct Answer {
@@ -49,6 +50,9 @@ impl Database {
 
     /// Sends the next page of an answer.
     pub(super) fn go_on(&mut self, request: u64) {
+        if self.slot.wake.swap(false, Ordering::AcqRel) {
+            self.dispatch();
+        }
         let Some(mut answer) = self.replays.remove(&request) else { return };
         worker::report_activity(Some("replaying notifications"));
         match self.page(&mut answer) {
