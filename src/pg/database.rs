@@ -33,6 +33,8 @@ const NOTIFY_LOOKOUT: Duration = Duration::from_millis(50);
 /// At a high rate what is committed is read so often and no more: fewer, longer reads leave the writers more of the
 /// processors, and nobody notices a millisecond at that rate.
 const PACE: Duration = Duration::from_millis(1);
+/// The longest pace: it grows with the rate.
+const PACE_MAX: u32 = 4;
 /// The high rate: rows in a time.
 const HIGH_RATE: (u64, Duration) = (40, Duration::from_millis(10));
 /// Between attempts to reach the gateway.
@@ -82,7 +84,8 @@ struct Database {
     last_look: Instant,
     /// Since when rows are counted, and how many there had been.
     counted: (Instant, u64),
-    is_busy: bool,
+    /// How many times [`PACE`] to wait before a read.
+    pace: u32,
     next_look: Instant,
     next_care: Instant,
     next_bookmark: Instant,
@@ -204,7 +207,7 @@ impl Database {
             is_catching_up: true,
             last_look: now,
             counted: (now, 0),
-            is_busy: false,
+            pace: 0,
             next_look: now,
             next_care: now,
             next_bookmark: now,
@@ -241,12 +244,12 @@ impl Database {
         let (since, before) = self.counted;
         let rows = self.slot.dispatched.load(Ordering::Relaxed);
         if since.elapsed() >= HIGH_RATE.1 {
-            let expected = HIGH_RATE.0 as f64 * since.elapsed().as_secs_f64() / HIGH_RATE.1.as_secs_f64();
-            self.is_busy = (rows.saturating_sub(before)) as f64 > expected;
+            let high = HIGH_RATE.0 as f64 * since.elapsed().as_secs_f64() / HIGH_RATE.1.as_secs_f64();
+            self.pace = (rows.saturating_sub(before) as f64 / high).min(PACE_MAX.into()) as u32;
             self.counted = (Instant::now(), rows);
         }
-        if self.is_busy {
-            std::thread::sleep(PACE);
+        if self.pace > 0 {
+            std::thread::sleep(PACE * self.pace);
         }
     }
 
