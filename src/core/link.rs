@@ -3,12 +3,13 @@
 //! may still meet an older process during an upgrade, so the first message carries [`VERSION`].
 
 use super::channel::Channel;
+use super::granted::Granted;
 use super::notification::Notification;
 use super::position::Position;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below; a peer with another one is hung up on and comes back after its restart.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// Where the gateway listens for links, relative to the data directory (every PostgreSQL process's working directory).
 /// `pg_stat_tmp` is emptied at start and left out of base backups.
@@ -28,6 +29,8 @@ pub enum Event {
     /// client. With `more` there are further pages, each sent when [`Command::More`] asks for it. With the last page the
     /// client has had everything owed of what was dispatched on this link before this message. A page may be empty.
     Recovered { request: u64, notifications: Vec<Notification>, more: bool },
+    /// The answer to [`Command::Query`].
+    Answered { query: u64, answer: Answer },
     /// JSON lists of channels to NOTIFY in the listen database on behalf of the writers, one entry per payload.
     Emit { payloads: Vec<String> },
     /// First message of a backend that wants to see the connections (of one database, or of all). Answered by
@@ -47,8 +50,36 @@ pub enum Command {
     More { request: u64 },
     /// Nobody waits for this replay any more.
     Forget { request: u64 },
+    /// Something only the database knows. Answered by [`Event::Answered`], in any order.
+    Query { query: u64, question: Question },
     /// The open connections.
     Connections(Vec<Connection>),
+}
+
+/// What a database worker can be asked on behalf of one client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// Whether no notification has this id (any more).
+    Missed { last: i64 },
+    /// When old notifications were deleted last, and when they will be.
+    Vacuum,
+    /// What `imbus.auth_function` makes of these headers (a JSON object) and channels (a JSON array).
+    Authenticate { headers: String, channels: String },
+}
+
+/// What a database worker answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    Missed(bool),
+    /// In microseconds since 1970; None: not yet.
+    Vacuum {
+        last: Option<i64>,
+        next: i64,
+    },
+    /// None: refused.
+    Authenticated(Option<Granted>),
+    /// It could not be answered; the log of the server says why.
+    Failed,
 }
 
 /// One connection, as `imbus_stat_connections` shows it.

@@ -3,6 +3,7 @@
 
 pub mod channel;
 pub mod error;
+pub mod granted;
 pub mod hub;
 pub mod intake;
 pub mod job;
@@ -15,6 +16,7 @@ pub mod position;
 pub mod protocol;
 pub mod replay;
 pub mod ring;
+pub mod rpc;
 pub mod settings;
 pub mod token;
 pub mod tracker;

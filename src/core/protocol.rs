@@ -167,8 +167,9 @@ pub fn runs(notifications: &[Notification], by_channel: bool) -> Vec<Range<usize
 /// What a client's message asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Replace the subscription; `last` is the greatest id the client says it has, 0 for none.
-    Subscribe { channels: Vec<Channel>, last: i64 },
+    /// Replace the subscription by these channels (a JSON array, see [`channels`]); `last` is the greatest id the client
+    /// says it has, 0 for none.
+    Subscribe { channels: String, last: i64 },
     /// Anything else Odoo's client sends; nothing to do.
     Other,
 }
@@ -188,12 +189,15 @@ struct Subscribe<'a> {
     last: i64,
 }
 
-/// Reads a client's message. `database` is the name of its database; `arrays` tells whether record channels
-/// (`["res.partner",42]`) may be named, which Odoo's own clients never do.
+/// Reads a client's message.
 ///
 /// # Errors
 /// Why the message is ignored; the connection stays open, as with Odoo.
-pub fn parse(text: &str, database: &str, arrays: bool) -> Result<Message, String> {
+pub fn parse(text: &str) -> Result<Message, String> {
+    // serde takes an array for a struct too.
+    if !text.trim_start().starts_with('{') {
+        return Err("a message must be an object".to_owned());
+    }
     let envelope: Envelope = serde_json::from_str(text).map_err(|error| error.to_string())?;
     if envelope.event_name != "subscribe" {
         return Ok(Message::Other);
@@ -203,7 +207,16 @@ pub fn parse(text: &str, database: &str, arrays: bool) -> Result<Message, String
     if subscribe.last < 0 {
         return Err("last must not be negative".to_owned());
     }
-    let elements = json::elements(subscribe.channels.get()).map_err(|error| error.to_string())?;
+    Ok(Message::Subscribe { channels: subscribe.channels.get().to_owned(), last: subscribe.last })
+}
+
+/// Reads a JSON array of channels. `database` is the name of the client's database; `arrays` tells whether record
+/// channels (`["res.partner",42]`) may be named, which Odoo's own clients never do.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn channels(text: &str, database: &str, arrays: bool) -> Result<Vec<Channel>, String> {
+    let elements = json::elements(text).map_err(|error| error.to_string())?;
     let elements = elements.ok_or("channels must be an array")?;
     let channel = |element: &str| {
         if !(element.starts_with('"') || arrays && element.starts_with('[')) {
@@ -211,8 +224,7 @@ pub fn parse(text: &str, database: &str, arrays: bool) -> Result<Message, String
         }
         Channel::from_json(element, database).map_err(|error| error.to_string())
     };
-    let channels = elements.into_iter().map(channel).collect::<Result<_, _>>()?;
-    Ok(Message::Subscribe { channels, last: subscribe.last })
+    elements.into_iter().map(channel).collect()
 }
 
 /// Whether a client's websocket worker (`18.0-2`, `saas~18.1-1`) is served: [`OLDEST`] and all later ones.

@@ -6,7 +6,10 @@ use std::time::Duration;
 /// A way to prove who may subscribe (`imbus.auth`, tried in order).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AuthMethod {
+    /// A signed token says what its bearer may subscribe to.
     Token,
+    /// A function of the database named in `?db=` says it.
+    Function,
 }
 
 /// What the network threads need of `imbus.*`; each field is the setting of the same name.

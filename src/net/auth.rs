@@ -1,20 +1,72 @@
 //! Who a client is (SPEC section 7, "who may subscribe"): the proof in the request, checked against the settings and
-//! the databases that are served.
+//! the databases that are served; or who else is to be asked.
 
 use super::Env;
 use super::http::Request;
 use crate::core::error::Error;
 use crate::core::protocol::{Close, CloseCode};
-use crate::core::settings::AuthMethod;
+use crate::core::settings::{AuthMethod, Database};
 use crate::core::token::{self, Claims};
+use std::collections::BTreeMap;
 
 /// Characters of the User-Agent that are kept for the administrator's view.
 const AGENT_MAX: usize = 200;
 
 /// Somebody who may come in.
 pub struct Admission {
-    pub claims: Claims,
+    pub authority: Authority,
     pub user_agent: Box<str>,
+}
+
+/// Who says what a client may subscribe to.
+pub enum Authority {
+    /// Its token, once and for all.
+    Token(Claims),
+    /// A function of its database, at each subscribe.
+    Function(Box<Asking>),
+}
+
+/// A client whose channels are asked for.
+pub struct Asking {
+    pub database: Database,
+    /// The headers of its request, a JSON object.
+    pub headers: Box<str>,
+    /// Who it is, as far as was answered.
+    pub subject: Option<String>,
+}
+
+impl Authority {
+    /// The client's database.
+    pub fn database(&self) -> u32 {
+        match self {
+            Authority::Token(claims) => claims.oid,
+            Authority::Function(asking) => asking.database.oid,
+        }
+    }
+
+    /// The name of the client's database.
+    pub fn database_name(&self) -> &str {
+        match self {
+            Authority::Token(claims) => &claims.db,
+            Authority::Function(asking) => &asking.database.name,
+        }
+    }
+
+    /// Who the client is.
+    pub fn subject(&self) -> Option<&str> {
+        match self {
+            Authority::Token(claims) => claims.sub.as_deref(),
+            Authority::Function(asking) => asking.subject.as_deref(),
+        }
+    }
+
+    /// When it ends, in Unix seconds.
+    pub fn expires(&self) -> i64 {
+        match self {
+            Authority::Token(claims) => claims.exp,
+            Authority::Function(_) => i64::MAX,
+        }
+    }
 }
 
 /// Tries the methods of `imbus.auth` in order.
@@ -23,38 +75,84 @@ pub struct Admission {
 /// The close frame that tells the client why not: 4401, or 1013 while no database is known yet.
 pub fn admit(request: &Request, env: &Env) -> Result<Admission, Close> {
     let mut refusal = Close::new(CloseCode::Unauthorized, "no way to authenticate is set");
+    let mut told = false;
     for method in &env.settings.auth {
-        match method {
-            AuthMethod::Token => match by_token(request, env) {
-                Ok(claims) => {
-                    let agent = request.header("User-Agent").unwrap_or_default();
-                    return Ok(Admission { claims, user_agent: agent.chars().take(AGENT_MAX).collect() });
+        let result = match method {
+            AuthMethod::Token => by_token(request, env),
+            AuthMethod::Function => by_function(request, env),
+        };
+        match result {
+            Ok(authority) => {
+                let agent = request.header("User-Agent").unwrap_or_default();
+                return Ok(Admission { authority, user_agent: agent.chars().take(AGENT_MAX).collect() });
+            }
+            // What is wrong with the proof there is says more than that there is no other.
+            Err((close, had_proof)) => {
+                if had_proof || !told {
+                    refusal = close;
                 }
-                Err(close) => refusal = close,
-            },
+                told |= had_proof;
+            }
         }
     }
     Err(refusal)
 }
 
-fn by_token(request: &Request, env: &Env) -> Result<Claims, Close> {
-    let refuse = |reason: &str| Close::new(CloseCode::Unauthorized, reason);
-    let token = find_token(request).ok_or_else(|| refuse("no token"))?;
-    let claims =
-        token::verify(&token, &env.settings.token_secret, env.unix_ms.div_euclid(1000)).map_err(
-            |error| match error {
-                Error::Token { reason } => refuse(&format!("invalid token: {reason}")),
-                _ => refuse("invalid token"),
-            },
-        )?;
+/// A refusal, and whether there was a proof at all.
+type Refusal = (Close, bool);
+
+fn refuse(reason: &str) -> Refusal {
+    (Close::new(CloseCode::Unauthorized, reason), true)
+}
+
+fn by_token(request: &Request, env: &Env) -> Result<Authority, Refusal> {
+    let token = find_token(request).ok_or_else(|| (Close::new(CloseCode::Unauthorized, "no token"), false))?;
+    let claims = verify(&token, env)?;
     let mut alike = env.databases.iter().filter(|served| served.oid == claims.oid || served.name == claims.db);
     match alike.next() {
-        Some(served) if served.oid == claims.oid && served.name == claims.db => Ok(claims),
+        Some(served) if served.oid == claims.oid && served.name == claims.db => Ok(Authority::Token(claims)),
         // Renamed, or dropped and made again: the token is for what was there before.
         Some(_) => Err(refuse("the token is for another database")),
         // A token of this very server: its database has just got the extension, or its worker is on its way.
-        None => Err(Close::new(CloseCode::TryLater, "the token's database is not served")),
+        None => Err((Close::new(CloseCode::TryLater, "the token's database is not served"), true)),
     }
+}
+
+fn verify(token: &str, env: &Env) -> Result<Claims, Refusal> {
+    let now = env.unix_ms.div_euclid(1000);
+    token::verify(token, &env.settings.token_secret, now).map_err(|error| match error {
+        Error::Token { reason } => refuse(&format!("invalid token: {reason}")),
+        _ => refuse("invalid token"),
+    })
+}
+
+/// The database named in `?db=` is asked; whether it has a function to ask is its own business.
+fn by_function(request: &Request, env: &Env) -> Result<Authority, Refusal> {
+    let none = || (Close::new(CloseCode::Unauthorized, "no database is named"), false);
+    let name = request.parameter("db").filter(|name| !name.is_empty()).ok_or_else(none)?;
+    match env.databases.iter().find(|served| served.name == name) {
+        Some(database) => {
+            let headers = headers(request).into_boxed_str();
+            Ok(Authority::Function(Box::new(Asking { database: database.clone(), headers, subject: None })))
+        }
+        // Nothing that tells whether there is such a database.
+        None => Err(refuse("refused")),
+    }
+}
+
+/// The headers of a request as a JSON object: names in lower case, several of one name joined as RFC 9110 says.
+fn headers(request: &Request) -> String {
+    let mut joined: BTreeMap<String, String> = BTreeMap::new();
+    for (name, value) in request.headers() {
+        let name = name.to_ascii_lowercase();
+        let between = if name == "cookie" { "; " } else { ", " };
+        let entry = joined.entry(name).or_default();
+        if !entry.is_empty() {
+            entry.push_str(between);
+        }
+        entry.push_str(&String::from_utf8_lossy(value));
+    }
+    serde_json::to_string(&joined).unwrap_or_default()
 }
 
 /// The token in `?token=`, in `Authorization: Bearer` or in cookie `imbus_token`: the first there is.
@@ -63,9 +161,6 @@ fn find_token(request: &Request) -> Option<String> {
         let (scheme, token) = request.header("Authorization")?.split_once(' ')?;
         scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())
     };
-    let cookie = || {
-        let mut pairs = request.all("Cookie").flatten().flat_map(|cookies| cookies.split(';'));
-        pairs.find_map(|pair| pair.trim().strip_prefix("imbus_token=")).map(|token| token.trim_matches('"').to_owned())
-    };
+    let cookie = || request.cookie("imbus_token").map(|token| token.trim_matches('"').to_owned());
     request.parameter("token").or_else(bearer).or_else(cookie).filter(|token| !token.is_empty())
 }

@@ -5,7 +5,7 @@ use super::batch::Batch;
 use super::counters::Counters;
 use super::reactor::{Parts, Reactor};
 use super::replays::Ask;
-use crate::core::link::Connection;
+use crate::core::link::{Answer, Connection, Question};
 use crate::core::notification::Notification;
 use crate::core::settings::{Database, Settings};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
@@ -124,6 +124,23 @@ pub(super) enum Note {
         database: u32,
         reactor: usize,
         ask: Ask,
+    },
+    /// The answer to a query of a connection of this reactor.
+    Answered {
+        query: u64,
+        answer: Answer,
+    },
+    /// To reactor 0, for the link of a database: a connection of this reactor wants to know something.
+    Query {
+        database: u32,
+        reactor: usize,
+        query: u64,
+        question: Question,
+    },
+    /// To reactor 0: nobody waits for the answer to this query any more.
+    DropQuery {
+        database: u32,
+        query: u64,
     },
     /// To reactor 0: nobody waits for this replay any more.
     Forget {

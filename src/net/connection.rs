@@ -2,13 +2,13 @@
 //! ends; the reactor asks it turn by turn and does what takes more than this one connection.
 
 use super::Env;
+use super::asked::Waiting;
 use super::counters::Counters;
 use super::http::{self, Served};
 use super::outbound::{Flow, Full, Kind};
 use super::replays::Replays;
 use super::socket::Socket;
 use super::websocket::{Due, Heard, Websocket};
-use crate::core::channel::Channel;
 use crate::core::hub::Moment;
 use crate::core::protocol::{self, Close, CloseCode, Frame, Message};
 use mio::net::TcpStream;
@@ -31,6 +31,9 @@ const DRAIN_WAIT: Moment = 1_000;
 /// Answers that may wait before further requests are read, in bytes.
 const ANSWERS_MAX: usize = 64 * 1024;
 
+/// Bytes of further requests that are read while one waits for its answer.
+const PIPELINED_MAX: usize = 16 * 1024;
+
 /// A connection.
 pub struct Connection {
     /// Its number while the gateway runs.
@@ -42,6 +45,14 @@ pub struct Connection {
     pub replays: Replays,
     /// Earliest timer set for it.
     pub armed: Moment,
+    /// The query whose answer it waits for.
+    pub query: Option<u64>,
+    /// What it asked for last while its channels were being asked for: JSON, and its last id.
+    pub subscribing: Option<Box<(String, i64)>>,
+    /// The last id it said when its channels were asked for.
+    pub asked_last: i64,
+    /// Whether it counts as an open websocket.
+    pub counted: bool,
     /// Whether it is in the reactor's list of those to be written to.
     pub dirty: bool,
     /// Whether it is in the reactor's list of those to be read from in the next turn.
@@ -69,6 +80,24 @@ struct Http {
     skip: usize,
     /// Whether a request was answered before.
     kept: bool,
+    /// Whether the client was told to go on with its body.
+    told: bool,
+    /// The request whose answer is not there yet; those after it wait.
+    waiting: Option<Box<Waiting>>,
+}
+
+impl Http {
+    /// A request was taken out of the buffer; `skip` bytes of its body are still to come.
+    fn took(&mut self, consumed: usize, skip: usize) {
+        self.buffer.drain(..consumed.min(self.buffer.len()));
+        self.skip = skip;
+        self.kept = true;
+        self.told = false;
+        if self.buffer.is_empty() {
+            // A poller waits for most of its life.
+            self.buffer = Vec::new();
+        }
+    }
 }
 
 /// What a turn of reading came to.
@@ -82,7 +111,11 @@ pub enum Turn {
     /// The websocket is open.
     Opened,
     /// The client subscribes.
-    Subscribe { channels: Vec<Channel>, last: i64 },
+    Subscribe { channels: String, last: i64 },
+    /// A request waits for its answer.
+    Asked,
+    /// It has waited for as long as it may.
+    Waited,
     /// A message that is ignored, and why.
     Ignored(String),
     /// The connection is on its way out: nothing is to be delivered to it any more.
@@ -101,6 +134,10 @@ impl Connection {
             socket: Socket::new(tcp),
             replays: Replays::default(),
             armed: Moment::MAX,
+            query: None,
+            subscribing: None,
+            asked_last: 0,
+            counted: false,
             dirty: false,
             again: false,
             refused,
@@ -117,6 +154,35 @@ impl Connection {
         }
     }
 
+    /// The open websocket.
+    pub fn websocket_mut(&mut self) -> Option<&mut Websocket> {
+        match &mut self.stage {
+            Stage::Open(websocket) => Some(websocket),
+            _ => None,
+        }
+    }
+
+    /// The request that waits for its answer.
+    pub fn waiting(&mut self) -> Option<&mut Waiting> {
+        match &mut self.stage {
+            Stage::Http(http) => http.waiting.as_deref_mut(),
+            _ => None,
+        }
+    }
+
+    /// The request that waits gets its answer; with `close` it is the last on this connection.
+    pub fn answer(&mut self, response: Vec<u8>, close: bool, env: &Env) {
+        let Stage::Http(http) = &mut self.stage else { return };
+        if http.waiting.take().is_none() {
+            return;
+        }
+        self.deadline = env.now + IDLE_WAIT;
+        self.socket.say(response.into());
+        if close {
+            self.end(env);
+        }
+    }
+
     /// Whether it is on its way out.
     pub fn is_closing(&self) -> bool {
         matches!(self.stage, Stage::Closing(_) | Stage::Drain)
@@ -129,9 +195,8 @@ impl Connection {
             Stage::Open(websocket) => match websocket.read(&mut self.socket, env) {
                 Heard::Text(text) => {
                     Counters::add(&env.counters.messages_received, 1);
-                    let database = &websocket.admission.claims.db;
                     let text = text.as_str().ok_or_else(|| "a binary message that is no UTF-8".to_owned());
-                    match text.and_then(|text| protocol::parse(text, database, true)) {
+                    match text.and_then(protocol::parse) {
                         Ok(Message::Subscribe { channels, last }) => Turn::Subscribe { channels, last },
                         Ok(Message::Other) => Turn::Done,
                         Err(reason) => Turn::Ignored(reason),
@@ -198,6 +263,10 @@ impl Connection {
                 return Some(Turn::Wait);
             }
             let Stage::Http(http) = &mut self.stage else { return Some(Turn::Again) };
+            if http.waiting.is_some() {
+                // What comes after it waits, but the end of the stream is to be noticed.
+                return (http.buffer.len() >= PIPELINED_MAX).then_some(Turn::Wait);
+            }
             let skipped = http.skip.min(http.buffer.len());
             http.buffer.drain(..skipped);
             http.skip -= skipped;
@@ -205,12 +274,22 @@ impl Connection {
                 return None;
             }
             match http::serve(&http.buffer, env, self.refused) {
-                Served::Partial => return None,
-                Served::Answered { consumed, body, response, close } => {
-                    http.buffer.drain(..consumed.min(http.buffer.len()));
-                    http.skip = body;
-                    http.kept = true;
-                    self.deadline = env.now + if body > 0 { HEAD_WAIT } else { IDLE_WAIT };
+                Served::Partial { go_on } => {
+                    if go_on && !std::mem::replace(&mut http.told, true) {
+                        self.socket.say(Frame::from(&b"HTTP/1.1 100 Continue\r\n\r\n"[..]));
+                    }
+                    return None;
+                }
+                Served::Asked { consumed, asked, reply } => {
+                    http.took(consumed, 0);
+                    let waiting = Waiting::new(*asked, reply);
+                    self.deadline = env.now + waiting.patience();
+                    http.waiting = Some(Box::new(waiting));
+                    return Some(Turn::Asked);
+                }
+                Served::Answered { consumed, skip, response, close } => {
+                    http.took(consumed, skip);
+                    self.deadline = env.now + if skip > 0 { HEAD_WAIT } else { IDLE_WAIT };
                     self.socket.say(response.into());
                     if close {
                         return Some(self.end(env));
@@ -318,6 +397,7 @@ impl Connection {
                 due
             }
             _ if env.now < self.deadline => Due::Nothing,
+            Stage::Http(http) if http.waiting.is_some() => return Turn::Waited,
             Stage::Http(http) if !http.kept || !http.buffer.is_empty() || http.skip > 0 => {
                 self.socket.say(http::refusal(408).into());
                 return self.end(env);

@@ -22,7 +22,7 @@ pub struct Upgrade {
 const REQUIRED: [&str; 6] = ["Connection", "Host", "Sec-WebSocket-Key", "Sec-WebSocket-Version", "Upgrade", "Origin"];
 
 /// Answers `GET /websocket`.
-pub fn answer(request: &Request, env: &Env) -> Answer {
+pub fn answer(request: &Request, _: &[u8], env: &Env) -> Answer {
     let rejected: &AtomicU64 = &env.counters.handshakes_rejected;
     let key = match check(request, env) {
         Ok(key) => key,

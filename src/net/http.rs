@@ -1,9 +1,12 @@
-//! HTTP/1.1 as far as the gateway speaks it: one request at a time out of a connection's buffer, the table of
-//! endpoints, and the texts of answers. Decides what a request gets; knows no sockets. Heads are hostile: bounded,
-//! parsed by httparse, refused at the first doubt.
+//! HTTP/1.1 as far as the gateway speaks it: one request at a time out of a connection's buffer, and the texts of
+//! answers. What a request gets is decided by `endpoints`; knows no sockets. Heads are hostile: bounded, parsed by
+//! httparse, refused at the first doubt.
 
 use super::Env;
-use super::handshake::{self, Upgrade};
+use super::asked::Asked;
+use super::endpoints::{self, Route};
+use super::handshake::Upgrade;
+use super::origin;
 use httparse::Header;
 
 /// The longest request head, in bytes (SPEC section 7).
@@ -38,32 +41,39 @@ pub struct Response {
 pub enum Answer {
     Response(Response),
     Upgrade(Box<Upgrade>),
+    /// Somebody else has to be asked first.
+    Ask(Box<Asked>),
+}
+
+/// How an answer is put.
+#[derive(Clone, Debug)]
+pub struct Reply {
+    minor: u8,
+    is_head: bool,
+    /// Whether the connection ends with it.
+    pub close: bool,
+    headers: Vec<(&'static str, String)>,
 }
 
 /// What became of the bytes in a connection's buffer.
 pub enum Served {
-    /// No whole head yet.
-    Partial,
-    /// One request is answered: its head took `consumed` bytes, its body are the `body` bytes after that.
-    Answered { consumed: usize, body: usize, response: Vec<u8>, close: bool },
+    /// No whole request yet. With `go_on` the client waits to be told to send the body.
+    Partial { go_on: bool },
+    /// One request is answered: its head and what was read of its body took `consumed` bytes, `skip` bytes of it after
+    /// that are of no use.
+    Answered { consumed: usize, skip: usize, response: Vec<u8>, close: bool },
+    /// The answer waits for somebody else.
+    Asked { consumed: usize, asked: Box<Asked>, reply: Reply },
     /// The connection becomes a websocket; the answer is in the upgrade.
     Upgraded { consumed: usize, upgrade: Box<Upgrade> },
 }
 
-/// An endpoint: its path, the methods it takes and what answers.
-struct Route {
-    path: &'static str,
-    methods: &'static [&'static str],
-    answer: fn(&Request, &Env) -> Answer,
-}
-
-/// All endpoints.
-const ROUTES: &[Route] = &[
-    Route { path: "/websocket", methods: &["GET"], answer: handshake::answer },
-    Route { path: "/websocket/health", methods: &["GET", "HEAD"], answer: health },
-];
-
 impl<'a> Request<'a> {
+    /// All headers, as they came.
+    pub fn headers(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+        self.headers.iter().map(|header| (header.name, header.value))
+    }
+
     /// The values of a header, in order (name in any case); None for one that is no visible ASCII or UTF-8.
     pub fn all(&self, name: &str) -> impl Iterator<Item = Option<&'a str>> {
         let found = self.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
@@ -84,6 +94,12 @@ impl<'a> Request<'a> {
     pub fn parameter(&self, name: &str) -> Option<String> {
         let pairs = self.query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
         pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| percent_decoded(value))
+    }
+
+    /// The first cookie of a name.
+    pub fn cookie(&self, name: &str) -> Option<&'a str> {
+        let pairs = self.all("Cookie").flatten().flat_map(|cookies| cookies.split(';'));
+        pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(key, _)| *key == name).map(|(_, value)| value)
     }
 
     fn closes(&self) -> bool {
@@ -114,16 +130,19 @@ impl<'a> Request<'a> {
         }
     }
 
-    fn answer(&self, env: &Env) -> Answer {
-        let Some(route) = ROUTES.iter().find(|route| route.path == self.path) else {
-            return Answer::Response(Response::text(404, "no such endpoint"));
-        };
-        if !route.methods.contains(&self.method) {
-            let mut response = Response::text(405, "method not allowed");
-            response.headers.push(("Allow", route.methods.join(", ")));
-            return Answer::Response(response);
+    /// Whether the client waits for `100 Continue` (RFC 9110 section 10.1.1).
+    fn expects(&self) -> Result<bool, Response> {
+        match self.header("Expect") {
+            None => Ok(false),
+            Some(word) if word.eq_ignore_ascii_case("100-continue") => Ok(self.minor > 0),
+            Some(_) => Err(Response::text(417, "this expectation is not met")),
         }
-        (route.answer)(self, env)
+    }
+
+    /// How the answer to this request is put.
+    fn reply(&self, env: &Env) -> Reply {
+        let headers = origin::cors(self, env);
+        Reply { minor: self.minor, is_head: self.method == "HEAD", close: self.closes(), headers }
     }
 }
 
@@ -133,25 +152,41 @@ impl Response {
         Response { status, headers: Vec::new(), kind: "text/plain; charset=utf-8", body: format!("{body}\n") }
     }
 
-    /// The bytes to send: `minor` and `method` are the request's.
-    fn bytes(&self, minor: u8, method: &str, close: bool) -> Vec<u8> {
-        let mut head = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status));
+    /// JSON.
+    pub fn json(status: u16, body: String) -> Response {
+        let headers = vec![("Cache-Control", "no-store".to_owned())];
+        Response { status, headers, kind: "application/json", body }
+    }
+}
+
+impl Reply {
+    /// An answer that ends the connection.
+    fn last_word(self) -> Reply {
+        Reply { close: true, ..self }
+    }
+
+    /// The bytes to send.
+    pub fn bytes(&self, response: &Response) -> Vec<u8> {
+        let mut head = format!("HTTP/1.1 {} {}\r\n", response.status, reason(response.status));
         let mut add = |name: &str, value: &str| {
             for part in [name, ": ", value, "\r\n"] {
                 head.push_str(part);
             }
         };
-        self.headers.iter().for_each(|(name, value)| add(name, value));
-        add("Content-Type", self.kind);
-        add("Content-Length", &self.body.len().to_string());
-        match (close, minor) {
+        response.headers.iter().chain(&self.headers).for_each(|(name, value)| add(name, value));
+        // Without content there is nothing to describe (RFC 9110 section 8.6).
+        if response.status != 204 {
+            add("Content-Type", response.kind);
+            add("Content-Length", &response.body.len().to_string());
+        }
+        match (self.close, self.minor) {
             (true, _) => add("Connection", "close"),
             (false, 0) => add("Connection", "keep-alive"),
             (false, _) => {}
         }
         head.push_str("\r\n");
-        if method != "HEAD" {
-            head.push_str(&self.body);
+        if !self.is_head && response.status != 204 {
+            head.push_str(&response.body);
         }
         head.into_bytes()
     }
@@ -163,7 +198,7 @@ pub fn serve(buffer: &[u8], env: &Env, refused: bool) -> Served {
     let mut parsed = httparse::Request::new(&mut headers);
     let consumed = match parsed.parse(buffer) {
         Ok(httparse::Status::Complete(consumed)) if consumed <= HEAD_MAX => consumed,
-        Ok(httparse::Status::Partial) if buffer.len() < HEAD_MAX => return Served::Partial,
+        Ok(httparse::Status::Partial) if buffer.len() < HEAD_MAX => return Served::Partial { go_on: false },
         Ok(_) | Err(httparse::Error::TooManyHeaders) => return refuse(431),
         Err(_) => return refuse(400),
     };
@@ -172,43 +207,76 @@ pub fn serve(buffer: &[u8], env: &Env, refused: bool) -> Served {
     let minor = parsed.version.unwrap_or(1);
     let method = parsed.method.unwrap_or_default();
     let request = Request { method, path, query, minor, headers: parsed.headers };
-    let last_word = |response: Response| Served::Answered {
-        consumed,
-        body: 0,
-        response: response.bytes(minor, method, true),
-        close: true,
-    };
+    match answer(&request, buffer.get(consumed..).unwrap_or_default(), env, refused) {
+        Ok(Step::Wait { go_on }) => Served::Partial { go_on },
+        Ok(Step::Answer { used, skip, answer }) => {
+            let (consumed, reply) = (consumed + used, request.reply(env));
+            match answer {
+                Answer::Upgrade(upgrade) => Served::Upgraded { consumed, upgrade },
+                Answer::Ask(asked) => Served::Asked { consumed, asked, reply },
+                Answer::Response(response) => {
+                    Served::Answered { consumed, skip, response: reply.bytes(&response), close: reply.close }
+                }
+            }
+        }
+        Err(response) => {
+            let response = request.reply(env).last_word().bytes(&response);
+            Served::Answered { consumed, skip: 0, response, close: true }
+        }
+    }
+}
+
+/// What a request with its body comes to.
+enum Step {
+    /// More of the body is needed.
+    Wait { go_on: bool },
+    /// With how much of the body was used, and how much of it is still to be skipped.
+    Answer { used: usize, skip: usize, answer: Answer },
+}
+
+/// Answers a request of which `rest` follows the head.
+///
+/// # Errors
+/// The last word on a connection on which nothing more can be understood.
+fn answer(request: &Request, rest: &[u8], env: &Env, refused: bool) -> Result<Step, Response> {
     let hosts = request.all("host").count();
-    if hosts > 1 || hosts == 0 && minor > 0 {
-        return last_word(Response::text(400, "one Host header is needed"));
+    if hosts > 1 || hosts == 0 && request.minor > 0 {
+        return Err(Response::text(400, "one Host header is needed"));
     }
     if refused {
         let mut response = Response::text(503, "too many connections");
         response.headers.push(("Retry-After", "5".to_owned()));
-        return last_word(response);
+        return Err(response);
     }
-    let body = match request.body() {
-        Ok(body) => body,
-        Err(response) => return last_word(response),
+    let (length, expects) = (request.body()?, request.expects()?);
+    let route = match endpoints::find(request, env) {
+        Ok(route) => route,
+        // A client that waits to be told to go on is told not to: its body never comes.
+        Err(response) if expects => return Err(response),
+        Err(response) => return Ok(Step::Answer { used: 0, skip: length, answer: Answer::Response(response) }),
     };
-    match request.answer(env) {
-        Answer::Upgrade(_) if body > 0 => last_word(Response::text(400, "an upgrade has no body")),
-        Answer::Upgrade(upgrade) => Served::Upgraded { consumed, upgrade },
-        Answer::Response(response) => {
-            let close = request.closes();
-            Served::Answered { consumed, body, response: response.bytes(minor, method, close), close }
-        }
+    let Route { takes_body, answer, .. } = route;
+    if !*takes_body {
+        return match answer(request, &[], env) {
+            Answer::Upgrade(_) if length > 0 => Err(Response::text(400, "an upgrade has no body")),
+            answer => Ok(Step::Answer { used: 0, skip: length, answer }),
+        };
+    }
+    match rest.get(..length) {
+        Some(body) => Ok(Step::Answer { used: length, skip: 0, answer: answer(request, body, env) }),
+        None => Ok(Step::Wait { go_on: expects }),
     }
 }
 
 /// The answer to what is no request that could be answered.
 fn refuse(status: u16) -> Served {
-    Served::Answered { consumed: 0, body: 0, response: refusal(status), close: true }
+    Served::Answered { consumed: 0, skip: 0, response: refusal(status), close: true }
 }
 
 /// The answer to a head that is bad (400), too long (431) or late (408); the connection ends with it.
 pub fn refusal(status: u16) -> Vec<u8> {
-    Response::text(status, reason(status)).bytes(1, "", true)
+    let reply = Reply { minor: 1, is_head: false, close: true, headers: Vec::new() };
+    reply.bytes(&Response::text(status, reason(status)))
 }
 
 /// The path and query of a request target, also of one in absolute form (RFC 9112 section 3.2.2).
@@ -217,24 +285,19 @@ fn local(target: &str) -> &str {
     rest.find('/').and_then(|at| rest.get(at..)).unwrap_or("/")
 }
 
-fn health(_: &Request, _: &Env) -> Answer {
-    Answer::Response(Response {
-        status: 200,
-        headers: vec![("Cache-Control", "no-store".to_owned())],
-        kind: "application/json",
-        body: "{\"status\": \"pass\"}".to_owned(),
-    })
-}
-
 fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
+        204 => "No Content",
         400 => "Bad Request",
+        401 => "Unauthorized",
         403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
         408 => "Request Timeout",
         413 => "Content Too Large",
+        415 => "Unsupported Media Type",
+        417 => "Expectation Failed",
         426 => "Upgrade Required",
         431 => "Request Header Fields Too Large",
         501 => "Not Implemented",

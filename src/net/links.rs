@@ -7,7 +7,7 @@ use super::batch::Batch;
 use super::link::{Link, Peer, Reason};
 use super::replays::Ask;
 use crate::core::hub::Moment;
-use crate::core::link::{self, Command, Connection, Event};
+use crate::core::link::{self, Answer, Command, Connection, Event, Question};
 use crate::core::notification::Notification;
 use crate::core::settings::Database;
 use desk::Desk;
@@ -43,6 +43,12 @@ pub enum LinkEvent {
         request: u64,
         notifications: Vec<Notification>,
         more: bool,
+    },
+    /// The answer to a query, for a connection of this reactor.
+    Answered {
+        reactor: usize,
+        query: u64,
+        answer: Answer,
     },
     Emit(Vec<String>),
     Inspect {
@@ -128,6 +134,19 @@ impl Links {
         self.pump(database);
     }
 
+    /// A connection of a reactor wants to know something of a database.
+    pub fn query(&mut self, database: u32, reactor: usize, query: u64, question: Question) {
+        self.desks.entry(database).or_default().query(reactor, query, question);
+        self.pump(database);
+    }
+
+    /// Nobody waits for the answer to this query any more.
+    pub fn drop_query(&mut self, database: u32, query: u64) {
+        if let Some(desk) = self.desks.get_mut(&database) {
+            desk.drop_query(query);
+        }
+    }
+
     /// Nobody waits for this replay any more.
     pub fn forget(&mut self, database: u32, request: u64) {
         let Some(desk) = self.desks.get_mut(&database) else { return };
@@ -204,6 +223,12 @@ impl Links {
             }
             (Peer::Database(database), Event::Recovered { request, notifications, more }) => {
                 self.answered(database, request, notifications, more);
+                Ok(())
+            }
+            (Peer::Database(database), Event::Answered { query, answer }) => {
+                let reactor = self.desks.get_mut(&database).and_then(|desk| desk.told(query));
+                self.events.extend(reactor.map(|reactor| LinkEvent::Answered { reactor, query, answer }));
+                self.pump(database);
                 Ok(())
             }
             (Peer::Database(_), Event::Emit { payloads }) => {

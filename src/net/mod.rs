@@ -5,11 +5,13 @@
 //! doors: the TCP listeners and the links of the database workers ([`front`]). What comes in on a link is passed to all
 //! reactors in the order of the link, which is what delivery rests on.
 
+mod asked;
 mod auth;
 mod batch;
 pub mod bridge;
 mod connection;
 pub mod counters;
+mod endpoints;
 mod front;
 mod handshake;
 mod http;

@@ -1,6 +1,43 @@
 //! Whether a page of some origin may open a websocket here: only the host's own pages, and those the administrator
 //! allows. Odoo only looks whether there is an Origin at all (ODOO_BUS §1), which lets any page use a visitor's
-//! cookies.
+//! cookies. What the pages of others may read (CORS, the Fetch standard) follows the same rule.
+
+use super::Env;
+use super::http::Request;
+
+/// Whether a request may be answered: it says no origin, as no browser's does, or an allowed one.
+pub fn may_ask(request: &Request, env: &Env) -> bool {
+    request.all("Origin").next().is_none() || allowed(request, env).is_some()
+}
+
+/// Its origin, if that is allowed.
+fn allowed<'a>(request: &Request<'a>, env: &Env) -> Option<&'a str> {
+    let mut origins = request.all("Origin");
+    let (origin, host) = (origins.next()??, request.header("Host").unwrap_or_default());
+    (origins.next().is_none() && is_allowed(origin, host, &env.settings.allowed_origins)).then_some(origin)
+}
+
+/// The headers that let a page of an allowed origin read an answer, with cookies unless just any origin is allowed.
+pub fn cors(request: &Request, env: &Env) -> Vec<(&'static str, String)> {
+    let Some(origin) = allowed(request, env) else { return Vec::new() };
+    let mut headers = vec![("Access-Control-Allow-Origin", origin.to_owned()), ("Vary", "Origin".to_owned())];
+    if !env.settings.allowed_origins.iter().any(|entry| entry.trim() == "*") {
+        headers.push(("Access-Control-Allow-Credentials", "true".to_owned()));
+    }
+    headers
+}
+
+/// What such a page is told before it sends a request that needs leave.
+pub fn preflight(request: &Request, env: &Env, methods: &[&str]) -> Vec<(&'static str, String)> {
+    if allowed(request, env).is_none() || request.header("Access-Control-Request-Method").is_none() {
+        return Vec::new();
+    }
+    vec![
+        ("Access-Control-Allow-Methods", methods.join(", ")),
+        ("Access-Control-Allow-Headers", "Authorization, Content-Type".to_owned()),
+        ("Access-Control-Max-Age", "600".to_owned()),
+    ]
+}
 
 /// Whether the header `Origin` is that of the request's own host, or one of `allowed` (origins, or `*` for any).
 /// X-Forwarded-Host is not looked at: a client can send it.

@@ -5,6 +5,7 @@
 mod delivery;
 mod doors;
 mod notes;
+mod requests;
 
 use super::Env;
 use super::bridge::{LogLevel, MainLine, Note, Numbers, Peer, WAKER};
@@ -20,6 +21,7 @@ use crossbeam_channel::Receiver;
 use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Registry, Token};
+use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -67,6 +69,8 @@ pub struct Reactor {
     /// Connections with something to read that had their turn.
     again: Vec<Slot>,
     receivers: Vec<Slot>,
+    /// Who waits for the answer to which query.
+    queries: HashMap<u64, Slot>,
     /// Only reactor 0 has it.
     front: Option<Front>,
     /// The reactor that takes the next accepted connection.
@@ -102,6 +106,7 @@ impl Reactor {
             dirty: Vec::new(),
             again: Vec::new(),
             receivers: Vec::new(),
+            queries: HashMap::new(),
             front,
             next: 0,
             stop_at: None,
@@ -216,6 +221,8 @@ impl Reactor {
                 }
                 Turn::Done => {}
                 Turn::Opened => self.opened(slot),
+                Turn::Asked => self.asked(slot),
+                Turn::Waited => {}
                 Turn::Subscribe { channels, last } => self.subscribe(slot, channels, last),
                 Turn::Ignored(reason) => {
                     let text = format!("ignored a message of connection {}: {reason}", connection.id);
@@ -230,8 +237,11 @@ impl Reactor {
 
     /// A connection is on its way out: nothing is delivered to it any more.
     fn leave(&mut self, slot: Slot) {
+        self.drop_query(slot);
         let Some(database) = self.hub.database(slot) else { return };
-        Counters::less(&self.env.counters.connections_open);
+        if self.get(slot).is_some_and(|connection| std::mem::take(&mut connection.counted)) {
+            Counters::less(&self.env.counters.connections_open);
+        }
         let unanswered = self.hub.close(slot);
         self.give_up(slot, database, unanswered);
     }
@@ -283,6 +293,7 @@ impl Reactor {
             connection.armed = Moment::MAX;
             match connection.due(&self.env) {
                 Turn::Gone => self.remove(slot),
+                Turn::Waited => self.waited(slot),
                 Turn::Closing => {
                     self.leave(slot);
                     self.mark(slot);

@@ -139,14 +139,14 @@ impl Websocket {
 
     /// When to call [`Websocket::due`] next.
     pub fn deadline(&self, socket: &Socket, env: &Env) -> Moment {
-        let expiry = self.admission.claims.exp.saturating_mul(1000).saturating_sub(env.unix_ms).max(0);
+        let expiry = self.admission.authority.expires().saturating_mul(1000).saturating_sub(env.unix_ms).max(0);
         let expiry = env.now.saturating_add(expiry.unsigned_abs());
         expiry.min(self.retirement(env)).min(self.silence_ends(socket, env))
     }
 
     /// What is due now.
     pub fn due(&self, socket: &Socket, env: &Env) -> Due {
-        if self.admission.claims.exp.saturating_mul(1000) <= env.unix_ms {
+        if self.admission.authority.expires().saturating_mul(1000) <= env.unix_ms {
             return Due::Close(Close::new(CloseCode::Unauthorized, "the token has expired"));
         }
         if env.now >= self.retirement(env) {

@@ -45,8 +45,8 @@ impl Bus {
         Ok((history, snapshot))
     }
 
-    /// Keeps a position, made `ago` seconds ago. All that `snapshot` sees, the text of an earlier snapshot, had been
-    /// dispatched by then.
+    /// Keeps a position, made `ago` seconds ago. All that `snapshot` sees of the ids up to it, the text of an earlier
+    /// snapshot, had been dispatched by then.
     pub fn keep_bookmark(&self, position: &Position, ago: f64, snapshot: &str) -> Outcome<()> {
         let text = format!(
             "INSERT INTO {} (made_at, bus, high, gaps, snapshot)

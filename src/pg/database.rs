@@ -2,6 +2,7 @@
 //! clients that come back, has jobs run, prunes. One for each database that has the extension.
 
 mod adoption;
+mod queries;
 mod reading;
 mod replays;
 
@@ -19,7 +20,7 @@ use crate::core::tracker::Tracker;
 use pgrx::prelude::*;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The look-out for rows nobody announced (triggers switched off, a table restored or swapped, Odoo before its table
 /// has the trigger).
@@ -66,8 +67,9 @@ struct Database {
     intake: Intake,
     /// The bus table has its trigger, so that every insert is announced.
     attached: bool,
-    /// All that this snapshot sees is dispatched by the time of the next bookmark.
+    /// What this snapshot sees of the ids up to the position is dispatched by the time of the next bookmark.
     snapshot: String,
+    snapshot_at: Instant,
     /// Transactions that were prepared before this worker began without knowing of their ids.
     inherited: HashSet<u32>,
     /// The order in which prepared transactions have sent, by id.
@@ -91,6 +93,8 @@ struct Database {
     next_bookmark: Instant,
     bookmarked: Option<Position>,
     next_prune: Instant,
+    /// When the last round of pruning was done, since 1970.
+    pruned: Option<Duration>,
     replays: HashMap<u64, replays::Answer>,
     poison_logged: bool,
     unnotified_logged: bool,
@@ -198,6 +202,7 @@ impl Database {
             intake: Intake::default(),
             attached: false,
             snapshot: String::new(),
+            snapshot_at: now,
             inherited: HashSet::new(),
             promises: HashMap::new(),
             promised: 0,
@@ -213,6 +218,7 @@ impl Database {
             next_bookmark: now,
             bookmarked: None,
             next_prune: now + PRUNE,
+            pruned: None,
             replays: HashMap::new(),
             poison_logged: false,
             unnotified_logged: false,
@@ -271,6 +277,7 @@ impl Database {
         if now >= self.next_prune {
             self.next_prune = now + PRUNE;
             self.prune();
+            self.pruned = SystemTime::now().duration_since(UNIX_EPOCH).ok();
         }
     }
 
@@ -357,6 +364,7 @@ impl Database {
             Command::Recover { request, channels, last } => self.recover(request, channels, last),
             Command::More { request } => self.go_on(request),
             Command::Forget { request } => drop(self.replays.remove(&request)),
+            Command::Query { query, question } => self.answer(query, question),
             Command::Connections(_) => {}
         }
     }

@@ -1,6 +1,6 @@
 //! What pgrx does not bind on all of PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
 //! tcop/tcopprot.h, access/twophase.h, commands/sequence.h,
-//! nodes/nodeFuncs.h, port.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
+//! nodes/nodeFuncs.h, port.h, utils/timeout.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
 //! as a Rust panic instead of jumping over Rust frames.
 
 use pgrx::pg_sys;
@@ -20,6 +20,9 @@ pub struct CommMethods {
 /// What the walkers of nodes/nodeFuncs.h call.
 pub type Walker = Option<unsafe extern "C-unwind" fn(*mut pg_sys::Node, *mut c_void) -> bool>;
 
+/// Of enum TimeoutId (utils/timeout.h).
+pub const STATEMENT_TIMEOUT: c_int = 3;
+
 #[allow(non_upper_case_globals)]
 unsafe extern "C-unwind" {
     pub static mut PqCommMethods: *const CommMethods;
@@ -35,6 +38,8 @@ unsafe extern "C-unwind" {
     pub fn ProcessNotifyInterrupt(flush: bool);
     pub fn DiscardCommand(statement: *mut pg_sys::DiscardStmt, is_top_level: bool);
     pub fn die(signal: c_int);
+    pub fn enable_timeout_after(id: c_int, delay_ms: c_int);
+    pub fn disable_timeout(id: c_int, keep_indicator: bool);
     #[cfg_attr(feature = "pg18", link_name = "pqsignal_be")]
     pub fn pqsignal(signal: c_int, handler: Option<unsafe extern "C-unwind" fn(c_int)>);
 }

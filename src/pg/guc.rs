@@ -15,6 +15,7 @@ static LISTEN_DATABASE: Text = Text::new(Some(c"postgres"));
 static IO_THREADS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static AUTH: Text = Text::new(Some(c"token"));
 static TOKEN_SECRET: Text = Text::new(Some(c""));
+static AUTH_FUNCTION: Text = Text::new(Some(c""));
 static ALLOWED_ORIGINS: Text = Text::new(Some(c""));
 /// PostgreSQL itself refuses payloads of 8000 bytes and more (async.c, NOTIFY_PAYLOAD_MAX_LENGTH), as Odoo knows.
 static NOTIFY_PAYLOAD_MAX_LENGTH: GucSetting<i32> = GucSetting::<i32>::new(8000);
@@ -130,6 +131,14 @@ fn define_texts(preloaded: bool) {
         GucContext::Sighup,
         list,
     );
+    GucRegistry::define_string_guc(
+        c"imbus.auth_function",
+        c"Function (headers jsonb, channels jsonb) that says what a client may subscribe to, with its schema.",
+        c"",
+        &AUTH_FUNCTION,
+        GucContext::Suset,
+        list,
+    );
     // SAFETY: the hook has the signature PostgreSQL asks for and is guarded.
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
@@ -167,6 +176,7 @@ fn auth_methods(text: &str) -> Option<Vec<AuthMethod>> {
         .iter()
         .map(|name| match name.as_str() {
             "token" => Some(AuthMethod::Token),
+            "function" => Some(AuthMethod::Function),
             _ => None,
         })
         .collect();
@@ -183,6 +193,11 @@ fn text(setting: &Text) -> String {
 
 fn positive(setting: &GucSetting<i32>) -> u64 {
     u64::try_from(setting.get()).unwrap_or(0)
+}
+
+/// The function that says what a client may subscribe to (`imbus.auth_function`), as this process knows it.
+pub fn auth_function() -> Option<String> {
+    Some(text(&AUTH_FUNCTION)).filter(|name| !name.is_empty())
 }
 
 /// The database whose NOTIFY is heard (`imbus.listen_database`).

@@ -2,6 +2,7 @@
 
 #![allow(clippy::result_large_err)] // pgrx's ErrorReport is large; errors are rare and end the statement.
 
+mod authenticate;
 mod bookmark;
 mod bus;
 mod call;

@@ -119,6 +119,14 @@ pub fn as_owner<T>(owner: pg_sys::Oid, relations: [pg_sys::Oid; 2], work: impl F
     result
 }
 
+/// Runs a function that the administrator has named as its owner, restricted likewise. What it means is its own business.
+pub fn as_user<T>(owner: pg_sys::Oid, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    let restore = User::switch(owner);
+    let result = safely(work);
+    drop(restore);
+    result
+}
+
 /// Runs `work` with search_path `pg_catalog`, so that no operator or function of a user's is called by mistake.
 pub fn safely<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     // SAFETY: the nest level is closed below; on ERROR the abort closes it.

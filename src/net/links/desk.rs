@@ -1,12 +1,12 @@
-//! What is known of one database: its link, how far it was seen, and the replays its clients wait for. Decides which
+//! What is known of one database: its link, how far it was seen, the replays and answers its clients wait for. Decides which
 //! of them may ask for a page now, and what is asked again of the next worker when a link was lost. Says nothing itself.
 
 use crate::core::channel::Channel;
 use crate::core::hub::Recovery;
-use crate::core::link::Command;
+use crate::core::link::{Command, Question};
 use crate::core::position::Position;
 use crate::net::replays::Ask;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 /// Pages that one database works on at once (SPEC section 11).
 const AT_ONCE: usize = 4;
@@ -14,6 +14,9 @@ const AT_ONCE: usize = 4;
 /// Pages that may be on their way in all, with those that nobody waits for any more. Their answers still come, so
 /// without an end to them clients that come and go could fill the link with work for nobody.
 const AHEAD: usize = 4 * AT_ONCE;
+
+/// Queries that one database works on at once.
+const QUERIES: usize = 16;
 
 /// One database.
 #[derive(Default)]
@@ -31,6 +34,15 @@ pub struct Desk {
     asked: usize,
     /// Requests that were given up while their page was on its way.
     forgotten: HashSet<u64>,
+    queries: HashMap<u64, Query>,
+    /// Queries that wait for a place.
+    unasked: VecDeque<u64>,
+}
+
+/// What a connection of one of the reactors wants to know.
+struct Query {
+    reactor: usize,
+    question: Question,
 }
 
 /// A replay to a connection of one of the reactors, until its last page.
@@ -74,8 +86,40 @@ impl Desk {
         self.line.insert(ticket, request);
     }
 
-    /// The next page to ask the worker for, if there is a place; it counts as asked for.
+    /// A connection of a reactor wants to know something.
+    pub fn query(&mut self, reactor: usize, query: u64, question: Question) {
+        self.queries.insert(query, Query { reactor, question });
+        self.unasked.push_back(query);
+    }
+
+    /// The answer to a query has come. Returns the reactor it goes to.
+    pub fn told(&mut self, query: u64) -> Option<usize> {
+        self.queries.remove(&query).map(|query| query.reactor)
+    }
+
+    /// Nobody waits for the answer to this query any more. One that is being worked on keeps its place until then.
+    pub fn drop_query(&mut self, query: u64) {
+        if let Some(at) = self.unasked.iter().position(|waiting| *waiting == query) {
+            self.unasked.remove(at);
+            self.queries.remove(&query);
+        }
+    }
+
+    /// The next question or page to ask the worker for, if there is a place; it counts as asked for.
     pub fn next(&mut self) -> Option<Command> {
+        self.next_query().or_else(|| self.next_page())
+    }
+
+    fn next_query(&mut self) -> Option<Command> {
+        if self.queries.len() - self.unasked.len() >= QUERIES {
+            return None;
+        }
+        let query = self.unasked.pop_front()?;
+        let question = self.queries.get(&query)?.question.clone();
+        Some(Command::Query { query, question })
+    }
+
+    fn next_page(&mut self) -> Option<Command> {
         if self.asked >= AT_ONCE || self.asked + self.forgotten.len() >= AHEAD {
             return None;
         }
@@ -128,6 +172,8 @@ impl Desk {
         self.link = None;
         self.asked = 0;
         self.forgotten.clear();
+        self.unasked = self.queries.keys().copied().collect();
+        self.unasked.make_contiguous().sort_unstable();
         for (request, replay) in &mut self.replays {
             replay.begun = false;
             if let Stage::Asked(ticket) = replay.stage {
@@ -139,7 +185,7 @@ impl Desk {
 
     /// Whether there is nothing to be kept.
     pub fn is_empty(&self) -> bool {
-        self.link.is_none() && self.position.is_none() && self.replays.is_empty()
+        self.link.is_none() && self.position.is_none() && self.replays.is_empty() && self.queries.is_empty()
     }
 }
 

@@ -5,9 +5,10 @@ use crate::core::channel::Channel;
 use crate::core::hub::{Change, Slot};
 use crate::core::notification::Notification;
 use crate::core::protocol::{self, CHANNELS_MAX, Close, CloseCode, Frame};
-use crate::net::auth::Admission;
+use crate::net::auth::Authority;
 use crate::net::batch::Batch;
-use crate::net::bridge::Note;
+use crate::net::bridge::{LogLevel, Note};
+use crate::net::connection::Connection;
 use crate::net::counters::Counters;
 use crate::net::outbound::Kind;
 use std::sync::atomic::Ordering;
@@ -16,24 +17,46 @@ impl Reactor {
     /// A websocket is open.
     pub(super) fn opened(&mut self, slot: Slot) {
         let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
-        let database = websocket.admission.claims.oid;
+        let database = websocket.admission.authority.database();
         self.hub.open(slot, database);
+        if let Some(connection) = self.get(slot) {
+            connection.counted = true;
+        }
         Counters::add(&self.env.counters.connections_total, 1);
         Counters::add(&self.env.counters.connections_open, 1);
     }
 
-    /// A client subscribes: checked against its proof, then what is new to it is asked of its database.
-    pub(super) fn subscribe(&mut self, slot: Slot, channels: Vec<Channel>, last: i64) {
-        let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
-        let Admission { claims, .. } = &websocket.admission;
-        let database = claims.oid;
-        if channels.len() > CHANNELS_MAX {
-            let reason = format!("more than {CHANNELS_MAX} channels");
-            return self.close(slot, &Close::new(CloseCode::TooBig, reason));
-        }
+    /// A client subscribes: checked against its proof, or asked of who knows.
+    pub(super) fn subscribe(&mut self, slot: Slot, channels: String, last: i64) {
+        let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        let Some(websocket) = connection.websocket() else { return };
+        let authority = &websocket.admission.authority;
+        let Authority::Token(claims) = authority else {
+            connection.subscribing = Some(Box::new((channels, last)));
+            return self.ask_again(slot);
+        };
+        let parsed = protocol::channels(&channels, authority.database_name(), true);
+        let id = connection.id;
+        let channels = match parsed {
+            Ok(channels) => channels,
+            Err(reason) => {
+                let text = format!("ignored a message of connection {id}: {reason}");
+                return self.main.log(LogLevel::Debug, text, None);
+            }
+        };
         if let Some(channel) = channels.iter().find(|channel| !claims.allows(channel)) {
             let reason = format!("channel not allowed: {}", channel.as_str());
             return self.close(slot, &Close::new(CloseCode::Forbidden, reason));
+        }
+        self.join(slot, channels, last);
+    }
+
+    /// A connection is on these channels from now on; what is new to it is asked of its database.
+    pub(super) fn join(&mut self, slot: Slot, channels: Vec<Channel>, last: i64) {
+        let Some(database) = self.hub.database(slot) else { return };
+        if channels.len() > CHANNELS_MAX {
+            let reason = format!("more than {CHANNELS_MAX} channels");
+            return self.close(slot, &Close::new(CloseCode::TooBig, reason));
         }
         let number = || self.numbers.request.fetch_add(1, Ordering::Relaxed);
         let Change { given_up, recoveries } = self.hub.subscribe(slot, channels, last, number, self.env.now);
@@ -77,6 +100,7 @@ impl Reactor {
 
     /// One dispatch of a database worker goes out to whom it concerns.
     pub(super) fn deliver(&mut self, batch: &Batch) {
+        let mut answerable = Vec::new();
         for run in batch.runs() {
             let mut receivers = std::mem::take(&mut self.receivers);
             self.hub.dispatch(batch.database, run.notifications, self.env.now, &mut receivers);
@@ -85,10 +109,19 @@ impl Reactor {
                 Counters::add(&self.env.counters.notifications_sent, receivers.len() * run.notifications.len());
             }
             for slot in &receivers {
-                self.send(*slot, run.frame());
+                match self.get(*slot).and_then(Connection::waiting) {
+                    None => self.send(*slot, run.frame()),
+                    Some(waiting) => {
+                        if !waiting.has_found() {
+                            answerable.push(*slot);
+                        }
+                        waiting.found(run.notifications);
+                    }
+                }
             }
             self.receivers = receivers;
         }
+        answerable.into_iter().for_each(|slot| self.answer_found(slot));
     }
 
     /// Puts a live frame into a connection's queue, or closes the connection when it reads too slowly.
@@ -118,6 +151,11 @@ impl Reactor {
     pub(super) fn recovered(&mut self, request: u64, notifications: Vec<Notification>, more: bool) {
         let Some((slot, owed)) = self.hub.recovered(request, notifications, more, self.env.now) else { return };
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
+        if let Some(waiting) = connection.waiting() {
+            waiting.found(&owed);
+            connection.replays.answered(request, more, owed.is_empty());
+            return self.page_for_request(slot, more);
+        }
         for range in protocol::runs(&owed, false) {
             let run = owed.get(range).unwrap_or_default();
             let frame = protocol::notifications_frame(run);

@@ -45,6 +45,12 @@ impl Reactor {
                     peer.tell(Note::Recovered { request, notifications, more });
                 }
             }
+            LinkEvent::Answered { reactor: 0, query, answer } => self.told(query, answer),
+            LinkEvent::Answered { reactor, query, answer } => {
+                if let Some(peer) = self.peers.get(reactor) {
+                    peer.tell(Note::Answered { query, answer });
+                }
+            }
             LinkEvent::Inspect { link, database } => {
                 let own = self.inspect(database);
                 let Some(front) = &mut self.front else { return };

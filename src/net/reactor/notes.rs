@@ -50,6 +50,17 @@ impl Reactor {
                     front.links.ask(database, reactor, ask);
                 }
             }
+            Note::Answered { query, answer } => self.told(query, answer),
+            Note::Query { database, reactor, query, question } => {
+                if let Some(front) = &mut self.front {
+                    front.links.query(database, reactor, query, question);
+                }
+            }
+            Note::DropQuery { database, query } => {
+                if let Some(front) = &mut self.front {
+                    front.links.drop_query(database, query);
+                }
+            }
             Note::Forget { database, request } => {
                 if let Some(front) = &mut self.front {
                     front.links.forget(database, request);
@@ -114,16 +125,16 @@ impl Reactor {
         for (slot, connection) in (0..).zip(&self.connections) {
             let Some(connection) = connection else { continue };
             let Some(websocket) = connection.websocket() else { continue };
-            let claims = &websocket.admission.claims;
-            if database.is_some_and(|database| database != claims.oid) {
+            let authority = &websocket.admission.authority;
+            if database.is_some_and(|database| database != authority.database()) {
                 continue;
             }
             found.push(link::Connection {
                 id: connection.id,
                 address: connection.address.to_string(),
                 user_agent: websocket.admission.user_agent.to_string(),
-                subject: claims.sub.clone(),
-                database: claims.oid,
+                subject: authority.subject().map(str::to_owned),
+                database: authority.database(),
                 channels: self.hub.subscribed(slot) as i64,
                 sent: self.hub.sent(slot),
                 queued: connection.socket.out.len() as i64,

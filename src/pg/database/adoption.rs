@@ -11,6 +11,7 @@ use crate::pg::transaction::{self, Failure, set_local};
 use crate::pg::{bookmark, guc, jobs, ring, trigger, worker};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// How far below the greatest id a worker that knows nothing looks for ids that are still in flight.
 const START_WINDOW: i64 = 10_000;
@@ -47,6 +48,7 @@ impl Database {
         let (history, seen) = transaction::run(|| own.load_bookmarks(retention))?;
         self.history = history;
         self.snapshot = transaction::run(bookmark::snapshot)?;
+        self.snapshot_at = Instant::now();
         let ours = |table: u32| table == own.oid() || odoo.as_ref().is_some_and(|odoo| odoo.oid() == table);
         let resumed = self.resume_from.take().filter(|position| ours(position.table));
         self.is_catching_up = resumed.is_none() && !self.history.is_empty();
@@ -156,7 +158,7 @@ impl Database {
             Ok(()) => self.attached = true,
             Err(failure) => {
                 // Somebody has the table locked; until the trigger is there the look-out finds what is inserted.
-                self.next_look = self.next_look.min(std::time::Instant::now() + super::GAP_LOOKOUT);
+                self.next_look = self.next_look.min(Instant::now() + super::GAP_LOOKOUT);
                 pgrx::debug1!("imbus could not attach its trigger in database \"{}\" yet: {failure}", self.name);
             }
         }
@@ -218,7 +220,7 @@ impl Database {
 
     /// Keeps the position.
     pub(super) fn bookmark(&mut self) {
-        let Some(tracker) = self.tracker.as_ref().filter(|_| self.has_news() && !self.is_catching_up) else { return };
+        let Some(tracker) = self.tracker.as_ref().filter(|_| self.has_news()) else { return };
         let position = tracker.position(self.ring_position());
         let before = self.snapshot.clone();
         let kept = transaction::run(|| {
@@ -229,7 +231,12 @@ impl Database {
         });
         match kept {
             Ok(snapshot) => {
-                self.snapshot = snapshot;
+                // What lies above the position is seen by a new one and not dispatched yet. The old one goes on to be
+                // true: what it sees of the ids up to the position is dispatched.
+                if !self.is_catching_up {
+                    self.snapshot = snapshot;
+                    self.snapshot_at = Instant::now();
+                }
                 self.history.push(worker::now(), position.clone());
                 self.bookmarked = Some(position);
             }
