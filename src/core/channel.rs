@@ -15,7 +15,7 @@ const EXPONENT_MAX: i64 = 1_000_000;
 /// A channel within its database: `["broadcast"]`, `["res.partner",42]`. The text is canonical, so that channels of the
 /// same JSON value compare equal: Python's compact JSON, numbers without needless zeros or exponents. Deserializing
 /// takes the text as it is: it is for the links between our own processes.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Channel(Box<str>);
 
 impl Channel {

@@ -2,13 +2,16 @@
 //! is sure, so that a notification reaches a socket once. Decides who is sent a notification and what must be
 //! recovered; knows no sockets, no frames and no clock. Connections are numbers that the reactor gives out.
 
+mod members;
 mod session;
 
 use super::channel::Channel;
 use super::notification::Notification;
-use session::{Before, Reach, Session, State, Subscription};
+use hashbrown::HashTable;
+use members::{Lists, Members};
+use session::{Before, Past, Reach, Session, State, Subscription, Ticket};
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::hash::{BuildHasher, RandomState};
 
 /// The reactor's number for a connection; free for another one after [`Hub::close`].
 pub type Slot = u32;
@@ -41,13 +44,18 @@ pub struct Change {
 pub struct Hub {
     channels: Vec<Entry>,
     free: Vec<u32>,
-    index: HashMap<u32, HashMap<Arc<Channel>, u32>>,
+    /// By database: the places in `channels`, by channel.
+    index: HashMap<u32, HashTable<u32>>,
+    hasher: RandomState,
+    lists: Lists,
     sessions: Vec<Option<Session>>,
-    requests: HashMap<u64, Request>,
+    requests: HashMap<Ticket, Request>,
 }
 
 /// A recovery under way.
 struct Request {
+    /// Its number outside.
+    number: u64,
     slot: Slot,
     /// The last id of the last page; before it where an earlier one was broken off. None: it begins at the connection's
     /// position.
@@ -56,12 +64,12 @@ struct Request {
 
 /// One channel of one database and its connections.
 struct Entry {
+    channel: Channel,
     database: u32,
-    channel: Arc<Channel>,
     /// Sent everything as it comes.
-    live: Vec<Slot>,
+    live: Members,
     /// Waiting for a recovery, or gone from the channel and remembered.
-    silent: Vec<Slot>,
+    silent: Members,
 }
 
 impl Hub {
@@ -82,8 +90,8 @@ impl Hub {
         let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::take) else { return Vec::new() };
         let mut requests = Vec::new();
         for subscription in session.subscriptions {
-            self.withdraw(slot, subscription.entry, subscription.state == State::Live);
-            requests.extend(subscription.request().filter(|request| self.requests.remove(request).is_some()));
+            self.withdraw(slot, subscription.entry, subscription.state() == State::Live);
+            requests.extend(subscription.ticket().and_then(|ticket| self.requests.remove(&ticket)).map(|r| r.number));
         }
         requests
     }
@@ -116,19 +124,18 @@ impl Hub {
     pub fn dispatch(&mut self, database: u32, notifications: &[Notification], now: Moment, receivers: &mut Vec<Slot>) {
         receivers.clear();
         let Some((first, last)) = notifications.first().zip(notifications.last()) else { return };
-        let Some(at) = self.index.get(&database).and_then(|index| index.get(&first.channel)) else { return };
-        let Some(entry) = self.channels.get(*at as usize) else { return };
-        for slot in &entry.live {
+        let Some(at) = self.find(database, &first.channel) else { return };
+        let Some(entry) = self.channels.get(at as usize) else { return };
+        for slot in self.lists.slots(&entry.live) {
             if let Some(session) = self.sessions.get_mut(*slot as usize).and_then(Option::as_mut) {
                 session.reach.sent(last.id, now);
                 session.sent += notifications.len() as i64;
                 receivers.push(*slot);
             }
         }
-        for slot in &entry.silent {
+        for slot in self.lists.slots(&entry.silent) {
             let session = self.sessions.get_mut(*slot as usize).and_then(Option::as_mut);
-            let before = session.and_then(|session| session.find(*at)).and_then(|found| found.before.as_mut());
-            if let Some(before) = before {
+            if let Some(before) = session.and_then(|session| session.find(at)).and_then(Subscription::before) {
                 notifications.iter().for_each(|notification| before.missed(notification.id));
             }
         }
@@ -144,18 +151,21 @@ impl Hub {
         more: bool,
         now: Moment,
     ) -> Option<(Slot, Vec<Notification>)> {
-        let Request { slot, after } = self.requests.get_mut(&request)?;
+        let ticket = ticket(request);
+        let Request { slot, after, .. } = self.requests.get_mut(&ticket).filter(|found| found.number == request)?;
         let slot = *slot;
         *after = notifications.last().map(|last| last.id).or(*after);
+        let database = self.database(slot)?;
+        let entries: Vec<Option<u32>> =
+            notifications.iter().map(|notification| self.find(database, &notification.channel)).collect();
         let session = self.sessions.get_mut(slot as usize)?.as_mut()?;
-        let index = self.index.get(&session.database);
         let mut owed = notifications;
+        let mut entries = entries.into_iter();
         owed.retain(|notification| {
-            let entry = index.and_then(|index| index.get(&notification.channel));
-            let subscription = entry.and_then(|entry| session.find(*entry));
+            let subscription = entries.next().flatten().and_then(|entry| session.find(entry));
             subscription.is_some_and(|subscription| {
-                subscription.state == State::Recovering(request)
-                    && subscription.before.as_ref().is_none_or(|before| before.owes(notification.id))
+                subscription.state() == State::Recovering(ticket)
+                    && subscription.before().is_none_or(|before| before.owes(notification.id))
             })
         });
         for notification in &owed {
@@ -163,7 +173,7 @@ impl Hub {
         }
         session.sent += owed.len() as i64;
         if !more {
-            self.make_live(slot, request);
+            self.make_live(slot, ticket);
         }
         Some((slot, owed))
     }
@@ -188,14 +198,19 @@ impl Hub {
         self.sessions.get_mut(slot as usize)?.as_mut()
     }
 
+    /// The entry of a channel that somebody has.
+    fn find(&self, database: u32, channel: &Channel) -> Option<u32> {
+        let is_it = |at: &u32| self.channels.get(*at as usize).is_some_and(|entry| entry.channel == *channel);
+        self.index.get(&database)?.find(self.hasher.hash_one(channel), is_it).copied()
+    }
+
     /// The entry of a channel, a new one if nobody had it.
     fn entry(&mut self, database: u32, channel: Channel) -> u32 {
-        let index = self.index.entry(database).or_default();
-        if let Some(at) = index.get(&channel) {
-            return *at;
+        if let Some(at) = self.find(database, &channel) {
+            return at;
         }
-        let channel = Arc::new(channel);
-        let entry = Entry { database, channel: channel.clone(), live: Vec::new(), silent: Vec::new() };
+        let hash = self.hasher.hash_one(&channel);
+        let entry = Entry { channel, database, live: Members::default(), silent: Members::default() };
         let at = match self.free.pop() {
             Some(at) => at,
             None => self.channels.len() as u32,
@@ -204,21 +219,23 @@ impl Hub {
             Some(place) => *place = entry,
             None => self.channels.push(entry),
         }
-        index.insert(channel, at);
+        let (channels, hasher) = (&self.channels, &self.hasher);
+        let rehash = |at: &u32| channels.get(*at as usize).map_or(0, |entry| hasher.hash_one(&entry.channel));
+        self.index.entry(database).or_default().insert_unique(hash, at, rehash);
         at
     }
 
     /// A request is answered: its channels are sent everything as it comes from now on.
-    fn make_live(&mut self, slot: Slot, request: u64) {
-        self.requests.remove(&request);
+    fn make_live(&mut self, slot: Slot, ticket: Ticket) {
+        self.requests.remove(&ticket);
         let Some(session) = self.sessions.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         for subscription in &mut session.subscriptions {
-            if subscription.state == State::Recovering(request) {
-                subscription.state = State::Live;
-                subscription.before = None;
+            if subscription.state() == State::Recovering(ticket) {
+                subscription.set(State::Live);
+                subscription.past = None;
                 if let Some(entry) = self.channels.get_mut(subscription.entry as usize) {
-                    remove(&mut entry.silent, slot);
-                    entry.live.push(slot);
+                    self.lists.remove(&mut entry.silent, slot);
+                    self.lists.add(&mut entry.live, slot);
                 }
             }
         }
@@ -240,19 +257,21 @@ impl Hub {
             session.reach.last = last;
         }
         let last = session.reach.last;
+        session.subscriptions.reserve_exact(wanted.len().saturating_sub(session.subscriptions.len()));
         let mut recoveries: BTreeMap<Option<i64>, Recovery> = BTreeMap::new();
         for at in wanted {
             let Some(entry) = self.channels.get_mut(*at as usize) else { continue };
             let Some(after) = session.absent(*at) else { continue };
             let begin = || Recovery { request: number(), channels: Vec::new(), last: after.unwrap_or(last) };
             let recovery = recoveries.entry(after).or_insert_with(begin);
-            recovery.channels.push(entry.channel.as_ref().clone());
-            if session.await_recovery(*at, recovery.request) {
-                entry.silent.push(slot);
+            recovery.channels.push(entry.channel.clone());
+            if session.await_recovery(*at, ticket(recovery.request)) {
+                self.lists.add(&mut entry.silent, slot);
             }
         }
         for (after, recovery) in &recoveries {
-            self.requests.insert(recovery.request, Request { slot, after: *after });
+            let request = Request { number: recovery.request, slot, after: *after };
+            self.requests.insert(ticket(recovery.request), request);
         }
         Some(recoveries.into_values().collect())
     }
@@ -268,59 +287,60 @@ impl Hub {
             if wanted.binary_search(&subscription.entry).is_ok() {
                 continue;
             }
-            match subscription.state {
+            match subscription.state() {
                 State::Live => {
-                    subscription.before = Some(Box::new(Before::new(high)));
+                    subscription.past = Some(Box::new(Past { before: Some(Before::new(high)), after: None }));
                     if let Some(entry) = self.channels.get_mut(subscription.entry as usize) {
-                        remove(&mut entry.live, slot);
-                        entry.silent.push(slot);
+                        self.lists.remove(&mut entry.live, slot);
+                        self.lists.add(&mut entry.silent, slot);
                     }
-                    subscription.state = State::Left(None);
+                    subscription.set(State::Left);
                 }
-                State::Recovering(request) => {
-                    broken.insert(request);
-                    let after = self.requests.get(&request).and_then(|request| request.after);
-                    if after.is_some() || subscription.before.is_some() {
-                        subscription.state = State::Left(after);
+                State::Recovering(ticket) => {
+                    broken.insert(ticket);
+                    let after = self.requests.get(&ticket).and_then(|request| request.after);
+                    if after.is_some() || subscription.before().is_some() {
+                        subscription.past.get_or_insert_default().after = after;
+                        subscription.set(State::Left);
                     } else {
                         gone.push(subscription.entry);
                     }
                 }
-                State::Left(_) => {}
+                State::Left => {}
             }
         }
         session.subscriptions.retain(|subscription| gone.binary_search(&subscription.entry).is_err());
-        session.subscriptions.iter().filter_map(Subscription::request).for_each(|request| {
-            broken.remove(&request);
+        session.subscriptions.iter().filter_map(Subscription::ticket).for_each(|ticket| {
+            broken.remove(&ticket);
         });
         gone.into_iter().for_each(|entry| self.withdraw(slot, entry, false));
-        broken.into_iter().filter(|request| self.requests.remove(request).is_some()).collect()
+        broken.into_iter().filter_map(|ticket| self.requests.remove(&ticket)).map(|request| request.number).collect()
     }
 
     /// Takes a connection off an entry's lists and drops the entry when nobody is left.
     fn withdraw(&mut self, slot: Slot, at: u32, live: bool) {
         let Some(entry) = self.channels.get_mut(at as usize) else { return };
-        remove(if live { &mut entry.live } else { &mut entry.silent }, slot);
-        if entry.live.is_empty() && entry.silent.is_empty() {
-            if let Some(index) = self.index.get_mut(&entry.database) {
-                index.remove(&entry.channel);
-                if index.is_empty() {
-                    self.index.remove(&entry.database);
-                }
-            }
-            self.free.push(at);
+        self.lists.remove(if live { &mut entry.live } else { &mut entry.silent }, slot);
+        if !(entry.live.is_empty() && entry.silent.is_empty()) {
+            return;
         }
+        let hash = self.hasher.hash_one(&entry.channel);
+        if let Some(index) = self.index.get_mut(&entry.database) {
+            if let Ok(found) = index.find_entry(hash, |found| *found == at) {
+                found.remove();
+            }
+            if index.is_empty() {
+                self.index.remove(&entry.database);
+            }
+        }
+        entry.channel = Channel::default();
+        self.free.push(at);
     }
 }
 
-fn remove(slots: &mut Vec<Slot>, slot: Slot) {
-    if let Some(at) = slots.iter().position(|found| *found == slot) {
-        slots.swap_remove(at);
-    }
-    if slots.is_empty() {
-        // Most channels have one connection only; what it does not need adds up.
-        *slots = Vec::new();
-    }
+/// A request's ticket: of numbers that differ by 2^32 no two are ever under way.
+fn ticket(request: u64) -> Ticket {
+    ((request % u64::from(u32::MAX - 1)) + 2) as Ticket
 }
 
 #[cfg(test)]

@@ -27,9 +27,9 @@ pub struct Session {
 pub struct Subscription {
     /// The hub's number for the channel.
     pub entry: u32,
-    pub state: State,
-    /// Set when the connection was on this channel before.
-    pub before: Option<Box<Before>>,
+    state: u32,
+    /// Set when the connection was on this channel before, or on its way to it.
+    pub past: Option<Box<Past>>,
 }
 
 /// How a connection stands to a channel.
@@ -39,9 +39,21 @@ pub enum State {
     Live,
     /// Waits for the last page of the answer to this request; until then only the pages are sent, as they contain it
     /// all.
-    Recovering(u64),
-    /// No longer subscribed; with the id after which a replay was broken off.
-    Left(Option<i64>),
+    Recovering(Ticket),
+    /// No longer subscribed.
+    Left,
+}
+
+/// The hub's number for a request under way, from 2 on.
+pub type Ticket = u32;
+
+/// What is remembered of a channel that a connection left.
+#[derive(Default)]
+pub struct Past {
+    /// Set when it was live there.
+    pub before: Option<Before>,
+    /// The id after which a replay was broken off.
+    pub after: Option<i64>,
 }
 
 /// What a connection had got of a channel when it left: nothing above `high`, and none of `late`.
@@ -112,16 +124,39 @@ impl Reach {
 }
 
 impl Subscription {
-    /// The request it waits for.
-    pub fn request(&self) -> Option<u64> {
+    /// How the connection stands to the channel. A million of them are kept: one number, 0 and 1 are no tickets.
+    pub fn state(&self) -> State {
         match self.state {
-            State::Recovering(request) => Some(request),
-            State::Live | State::Left(_) => None,
+            0 => State::Live,
+            1 => State::Left,
+            ticket => State::Recovering(ticket),
         }
     }
 
+    /// From now on it stands so.
+    pub fn set(&mut self, state: State) {
+        self.state = match state {
+            State::Live => 0,
+            State::Left => 1,
+            State::Recovering(ticket) => ticket.max(2),
+        };
+    }
+
+    /// The request it waits for.
+    pub fn ticket(&self) -> Option<Ticket> {
+        match self.state() {
+            State::Recovering(ticket) => Some(ticket),
+            State::Live | State::Left => None,
+        }
+    }
+
+    /// What the connection had of the channel when it left.
+    pub fn before(&mut self) -> Option<&mut Before> {
+        self.past.as_mut().and_then(|past| past.before.as_mut())
+    }
+
     fn has_left(&self) -> bool {
-        matches!(self.state, State::Left(_))
+        self.state() == State::Left
     }
 }
 
@@ -140,24 +175,26 @@ impl Session {
     /// None when it is subscribed to an entry; otherwise where its replay was broken off, if it was.
     pub fn absent(&self, entry: u32) -> Option<Option<i64>> {
         match self.place(entry).ok().and_then(|at| self.subscriptions.get(at)) {
-            Some(Subscription { state: State::Left(after), .. }) => Some(*after),
+            Some(found) if found.has_left() => Some(found.past.as_ref().and_then(|past| past.after)),
             Some(_) => None,
             None => Some(None),
         }
     }
 
     /// Subscribes to an entry that it is not subscribed to. True when nothing was remembered of it.
-    pub fn await_recovery(&mut self, entry: u32, request: u64) -> bool {
-        let state = State::Recovering(request);
+    pub fn await_recovery(&mut self, entry: u32, ticket: Ticket) -> bool {
+        let state = State::Recovering(ticket);
         match self.place(entry) {
             Ok(found) => {
                 if let Some(subscription) = self.subscriptions.get_mut(found) {
-                    subscription.state = state;
+                    subscription.set(state);
                 }
                 false
             }
             Err(place) => {
-                self.subscriptions.insert(place, Subscription { entry, state, before: None });
+                let mut subscription = Subscription { entry, state: 0, past: None };
+                subscription.set(state);
+                self.subscriptions.insert(place, subscription);
                 true
             }
         }
