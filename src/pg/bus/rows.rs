@@ -65,6 +65,7 @@ fn written(row: &sql::Row) -> Outcome<(i64, u32)> {
     Ok((row.need(1)?, xmin))
 }
 
+// Odoo's ids are of 32 bits: ORDER BY names the column (`i.id`), as by the output of the same name all would be sorted.
 const COLUMNS: &str = "id::bigint, channel::text, message::text, create_uid IS NULL, xmin";
 
 impl Bus {
@@ -79,7 +80,7 @@ impl Bus {
     }
 
     fn select(&self, condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<RawRow>> {
-        let text = format!("SELECT {COLUMNS} FROM {} WHERE {condition}", self.name);
+        let text = format!("SELECT {COLUMNS} FROM {} i WHERE {condition}", self.name);
         self.as_owner(|| sql::rows(&text, args, raw))
     }
 
@@ -93,7 +94,7 @@ impl Bus {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let condition = format!("id = ANY($1){}", scope.condition());
+        let condition = format!("i.id = ANY($1){}", scope.condition());
         let found = self.select(&condition, &[ids.to_vec().into()])?;
         let mut rows: std::collections::HashMap<i64, RawRow> = found.into_iter().map(|row| (row.id, row)).collect();
         Ok(ids.iter().filter_map(|id| rows.remove(id)).collect())
@@ -101,7 +102,7 @@ impl Bus {
 
     /// The first `limit` visible rows above `low`, ascending: one range of the primary key.
     pub fn above(&self, low: i64, limit: i64, scope: Scope) -> Outcome<Vec<RawRow>> {
-        let condition = format!("id > $1{} ORDER BY id LIMIT $2", scope.condition());
+        let condition = format!("i.id > $1{} ORDER BY i.id LIMIT $2", scope.condition());
         self.select(&condition, &[low.into(), limit.into()])
     }
 
@@ -111,7 +112,7 @@ impl Bus {
             return self.above(low, limit, Scope::All);
         }
         let condition =
-            format!("id > $1 AND id <= (SELECT s.last_value FROM {} s) ORDER BY id LIMIT $2", self.sequence_name);
+            format!("i.id > $1 AND i.id <= (SELECT s.last_value FROM {} s) ORDER BY i.id LIMIT $2", self.sequence_name);
         self.select(&condition, &[low.into(), limit.into()])
     }
 
@@ -135,7 +136,7 @@ impl Bus {
     /// Odoo's `_poll`: the last 50 s when `last` is 0, else everything above it, ascending.
     pub fn since(&self, last: i64) -> Outcome<Vec<RawRow>> {
         let scope = if last == 0 { Scope::Recent } else { Scope::All };
-        self.select(&format!("id > $1{} ORDER BY id", scope.condition()), &[last.into()])
+        self.select(&format!("i.id > $1{} ORDER BY i.id", scope.condition()), &[last.into()])
     }
 
     /// The greatest visible id, 0 when the table is empty.
@@ -152,15 +153,15 @@ impl Bus {
 
     /// The visible ids above `low`, ascending.
     pub fn ids_above(&self, low: i64) -> Outcome<Vec<i64>> {
-        let text = format!("SELECT id::bigint FROM {} WHERE id > $1 ORDER BY id", self.name);
+        let text = format!("SELECT id::bigint FROM {} i WHERE i.id > $1 ORDER BY i.id", self.name);
         self.as_owner(|| sql::rows(&text, &[low.into()], |row| row.need(1)))
     }
 
     /// The greatest id of a row older than `seconds`, 0 when there is none.
     pub fn last_id_before(&self, seconds: f64) -> Outcome<i64> {
         let text = format!(
-            "SELECT id::bigint FROM {} WHERE create_date < (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
-                    - pg_catalog.make_interval(secs => $1) ORDER BY id DESC LIMIT 1",
+            "SELECT id::bigint FROM {} i WHERE create_date < (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
+                    - pg_catalog.make_interval(secs => $1) ORDER BY i.id DESC LIMIT 1",
             self.name
         );
         Ok(self.number(&text, &[seconds.into()])?.unwrap_or(0))
@@ -224,7 +225,7 @@ impl Bus {
 
     /// The visible rows above `low` up to `high`, with the transactions that wrote them.
     pub fn ids_between(&self, low: i64, high: i64) -> Outcome<Vec<(i64, u32)>> {
-        let text = format!("SELECT id::bigint, xmin FROM {} WHERE id > $1 AND id <= $2 ORDER BY id", self.name);
+        let text = format!("SELECT id::bigint, xmin FROM {} i WHERE i.id > $1 AND i.id <= $2 ORDER BY i.id", self.name);
         self.as_owner(|| sql::rows(&text, &[low.into(), high.into()], written))
     }
 
@@ -237,8 +238,8 @@ impl Bus {
     /// The latest rows not older than `seconds`, with the transactions that wrote them.
     pub fn latest(&self, seconds: f64, limit: i64) -> Outcome<Vec<(i64, u32)>> {
         let text = format!(
-            "SELECT id::bigint, xmin FROM {} WHERE create_date >= (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
-                    - pg_catalog.make_interval(secs => $1) ORDER BY id DESC LIMIT $2",
+            "SELECT id::bigint, xmin FROM {} i WHERE create_date >= (pg_catalog.clock_timestamp() AT TIME ZONE 'UTC')
+                    - pg_catalog.make_interval(secs => $1) ORDER BY i.id DESC LIMIT $2",
             self.name
         );
         self.as_owner(|| sql::rows(&text, &[seconds.into(), limit.into()], written))
