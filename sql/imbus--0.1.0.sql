@@ -170,6 +170,9 @@ CREATE VIEW @extschema@.imbus_stat_gateway AS
 CREATE VIEW @extschema@.imbus_stat_bus AS
     SELECT s.datid, d.datname, s.pid, s."position", s.gaps, s.dispatched, s.skipped, s.notify_splits
       FROM @extschema@.imbus_bus_state() s LEFT JOIN pg_catalog.pg_database d ON d.oid = s.datid;
+CREATE FUNCTION @extschema@.imbus_disconnect(id bigint, reason text DEFAULT NULL) RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'imbus_disconnect_wrapper';
+
 CREATE VIEW @extschema@.imbus_stat_connections AS
     SELECT c.id, c.datid, d.datname, c.address, c.user_agent, c.subject, c.channels, c.sent, c.queued,
            pg_catalog.make_interval(secs => c.age_ms / 1000.0) AS age
@@ -192,6 +195,7 @@ REVOKE ALL ON FUNCTION
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
+    @extschema@.imbus_disconnect(bigint, text),
     @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted()
 FROM PUBLIC;
 REVOKE ALL ON @extschema@.imbus_bus, @extschema@.imbus_bookmark, @extschema@.ir_async, @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
@@ -209,7 +213,8 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
     @extschema@.ir_async_call_notify(text, text, jsonb, jsonb, jsonb, text, integer, timestamptz, integer, interval,
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
-    @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections()
+    @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
+    @extschema@.imbus_disconnect(bigint, text)
 TO @extowner@, pg_database_owner;
 GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
     @extschema@.imbus_stat_jobs, @extschema@.imbus_bookmark
@@ -222,6 +227,7 @@ TO @extowner@, pg_database_owner;
 -- Monitors look.
 GRANT EXECUTE ON FUNCTION @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(),
     @extschema@.imbus_connections() TO pg_monitor;
+GRANT EXECUTE ON FUNCTION @extschema@.imbus_disconnect(bigint, text) TO pg_signal_backend;
 GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
     @extschema@.imbus_stat_jobs TO pg_monitor;
 
@@ -244,6 +250,8 @@ COMMENT ON FUNCTION @extschema@.bus_token(jsonb, interval, text, boolean) IS
     'a signed token that lets its bearer subscribe to these channels ("*": all) of this database';
 COMMENT ON FUNCTION @extschema@.imbus_notify(text, text) IS
     'pg_notify that splits a JSON array too long for one payload (ODOO_NOTIFY_FUNCTION)';
+COMMENT ON FUNCTION @extschema@.imbus_disconnect(bigint, text) IS
+    'end a client connection (see imbus_stat_connections) with that reason; its client may come back';
 COMMENT ON FUNCTION @extschema@.imbus_version() IS 'version of the imbus library';
 COMMENT ON FUNCTION @extschema@.imbus_bus_inserted() IS 'trigger: tells the worker at commit, in the order of commits';
 COMMENT ON FUNCTION @extschema@.ir_async_inserted() IS 'trigger: a job runs as the role that inserts it';

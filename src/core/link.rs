@@ -6,6 +6,7 @@ use super::channel::Channel;
 use super::granted::Granted;
 use super::notification::Notification;
 use super::position::Position;
+use super::status::Jobs;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below; a peer with another one is hung up on and comes back after its restart.
@@ -24,7 +25,8 @@ pub enum Event {
     /// First message of a database worker: which database it serves. Answered by [`Command::Resume`].
     Hello { version: u32, database: u32, name: String },
     /// Newly committed notifications in delivery order, and the worker's position after them.
-    Dispatch { notifications: Vec<Notification>, position: Position },
+    /// `committed` is when the oldest of them was committed, in microseconds since 1970, 0 where nobody knows.
+    Dispatch { notifications: Vec<Notification>, position: Position, committed: i64 },
     /// One page of the answer to [`Command::Recover`], in an order in which each page's last id is a position of the
     /// client. With `more` there are further pages, each sent when [`Command::More`] asks for it. With the last page the
     /// client has had everything owed of what was dispatched on this link before this message. A page may be empty.
@@ -36,6 +38,9 @@ pub enum Event {
     /// First message of a backend that wants to see the connections (of one database, or of all). Answered by
     /// [`Command::Connections`], after which the gateway hangs up.
     Inspect { version: u32, database: Option<u32> },
+    /// First message of a backend that wants a connection ended (of one database, or of whichever). Answered by
+    /// [`Command::Disconnected`], after which the gateway hangs up.
+    Disconnect { version: u32, database: Option<u32>, id: i64, reason: String },
 }
 
 /// From the gateway.
@@ -54,6 +59,8 @@ pub enum Command {
     Query { query: u64, question: Question },
     /// The open connections.
     Connections(Vec<Connection>),
+    /// Whether the connection was there.
+    Disconnected(bool),
 }
 
 /// What a database worker can be asked on behalf of one client.
@@ -63,6 +70,8 @@ pub enum Question {
     Missed { last: i64 },
     /// When old notifications were deleted last, and when they will be.
     Vacuum,
+    /// How its jobs are.
+    Jobs,
     /// What `imbus.auth_function` makes of these headers (a JSON object) and channels (a JSON array).
     Authenticate { headers: String, channels: String },
 }
@@ -76,6 +85,7 @@ pub enum Answer {
         last: Option<i64>,
         next: i64,
     },
+    Jobs(Jobs),
     /// None: refused.
     Authenticated(Option<Granted>),
     /// It could not be answered; the log of the server says why.

@@ -18,6 +18,7 @@ pub mod replay;
 pub mod ring;
 pub mod rpc;
 pub mod settings;
+pub mod status;
 pub mod token;
 pub mod tracker;
 pub mod written;

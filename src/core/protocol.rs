@@ -142,6 +142,11 @@ pub fn notifications_frame(notifications: &[Notification]) -> Frame {
     bytes.into()
 }
 
+/// One text message.
+pub fn text_frame(text: &str) -> Frame {
+    frame(0x81, text.as_bytes())
+}
+
 /// Cuts notifications into what may share a frame: inside one, ids ascend and the text stays short; with `by_channel`
 /// it is also all of one channel. Their order is never changed.
 pub fn runs(notifications: &[Notification], by_channel: bool) -> Vec<Range<usize>> {

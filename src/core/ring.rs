@@ -59,7 +59,7 @@ pub enum Kind {
     Committed = 1,
     /// The same, and more of the same transaction follows.
     Part = 2,
-    /// The ids `first..=last` were inserted by a transaction that was prepared.
+    /// Ids were inserted by a transaction that was prepared; see [`Entry::prepared`].
     Prepared = 3,
     /// The prepared transaction with the number `first` has been committed, or one too long for the ring; so many as
     /// `last` says of its savepoints follow.
@@ -83,6 +83,22 @@ pub struct Entry {
     pub kind: Kind,
     pub first: i64,
     pub last: i64,
+}
+
+impl Entry {
+    /// The ids `first..=last` were inserted by the transaction of this number, which was prepared: in the second word
+    /// their count less one, and the number above it. Of a range beyond 2^32 ids the rest is left to the table.
+    pub fn prepared(database: u32, (first, last): (i64, i64), number: u32) -> Entry {
+        let more = last.saturating_sub(first).clamp(0, i64::from(u32::MAX));
+        Entry { database, kind: Kind::Prepared, first, last: i64::from(number as i32) << 32 | more }
+    }
+
+    /// The ids and the number of [`Entry::prepared`].
+    pub fn promise(&self) -> Option<((i64, i64), u32)> {
+        let more = self.last & i64::from(u32::MAX);
+        let range = (self.first, self.first.saturating_add(more));
+        (self.kind == Kind::Prepared).then_some((range, (self.last >> 32) as u32))
+    }
 }
 
 /// A place for an entry. All zero: empty.

@@ -41,6 +41,8 @@ pub enum Wish {
     Missed { last: i64 },
     /// When old notifications were and will be deleted.
     Vacuum,
+    /// The text of `/metrics`.
+    Metrics,
 }
 
 /// A request that waits.
@@ -79,7 +81,7 @@ impl Waiting {
     pub fn channels(&self) -> &str {
         match &self.wish {
             Wish::Notifications { channels, .. } => channels,
-            Wish::Missed { .. } | Wish::Vacuum => "[]",
+            Wish::Missed { .. } | Wish::Vacuum | Wish::Metrics => "[]",
         }
     }
 
@@ -169,9 +171,18 @@ impl Waiting {
                 let last = last.map_or("null".to_owned(), |at| json::string(&utc(at)));
                 format!("{{\"id\": 0, \"lastcall\": {last}, \"nextcall\": {}}}", json::string(&utc(*next)))
             }
-            Answer::Authenticated(_) | Answer::Failed => return self.fail(503),
+            Answer::Authenticated(_) | Answer::Jobs(_) | Answer::Failed => return self.fail(503),
         };
         let (bytes, close) = self.put(&Response::json(200, rpc::result(&self.id, &result)));
+        (bytes, close, 0)
+    }
+
+    /// The text of `/metrics`, and whether the connection ends with it.
+    pub fn answer_text(&self, text: String) -> (Vec<u8>, bool, usize) {
+        let mut response = Response::text(200, "");
+        response.kind = "text/plain; version=0.0.4; charset=utf-8";
+        response.body = text;
+        let (bytes, close) = self.put(&response);
         (bytes, close, 0)
     }
 

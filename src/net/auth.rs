@@ -24,6 +24,8 @@ pub enum Authority {
     Token(Claims),
     /// A function of its database, at each subscribe.
     Function(Box<Asking>),
+    /// Nobody: it looks at the gateway itself, until then (Unix seconds), and subscribes to nothing.
+    Watcher { until: i64 },
 }
 
 /// A client whose channels are asked for.
@@ -41,7 +43,13 @@ impl Authority {
         match self {
             Authority::Token(claims) => claims.oid,
             Authority::Function(asking) => asking.database.oid,
+            Authority::Watcher { .. } => 0,
         }
+    }
+
+    /// Whether it is a client of a database.
+    pub fn is_client(&self) -> bool {
+        !matches!(self, Authority::Watcher { .. })
     }
 
     /// The name of the client's database.
@@ -49,6 +57,7 @@ impl Authority {
         match self {
             Authority::Token(claims) => &claims.db,
             Authority::Function(asking) => &asking.database.name,
+            Authority::Watcher { .. } => "",
         }
     }
 
@@ -57,6 +66,7 @@ impl Authority {
         match self {
             Authority::Token(claims) => claims.sub.as_deref(),
             Authority::Function(asking) => asking.subject.as_deref(),
+            Authority::Watcher { .. } => None,
         }
     }
 
@@ -65,6 +75,7 @@ impl Authority {
         match self {
             Authority::Token(claims) => claims.exp,
             Authority::Function(_) => i64::MAX,
+            Authority::Watcher { until } => *until,
         }
     }
 }
@@ -82,10 +93,7 @@ pub fn admit(request: &Request, env: &Env) -> Result<Admission, Close> {
             AuthMethod::Function => by_function(request, env),
         };
         match result {
-            Ok(authority) => {
-                let agent = request.header("User-Agent").unwrap_or_default();
-                return Ok(Admission { authority, user_agent: agent.chars().take(AGENT_MAX).collect() });
-            }
+            Ok(authority) => return Ok(Admission { authority, user_agent: user_agent(request) }),
             // What is wrong with the proof there is says more than that there is no other.
             Err((close, had_proof)) => {
                 if had_proof || !told {
@@ -96,6 +104,22 @@ pub fn admit(request: &Request, env: &Env) -> Result<Admission, Close> {
         }
     }
     Err(refusal)
+}
+
+/// What the administrator sees of a client's program.
+pub fn user_agent(request: &Request) -> Box<str> {
+    request.header("User-Agent").unwrap_or_default().chars().take(AGENT_MAX).collect()
+}
+
+/// Until when the bearer of an administrator's token may look (Unix seconds), or what is wrong with the token; None
+/// without one.
+pub fn admin(request: &Request, env: &Env) -> Option<Result<i64, String>> {
+    let token = find_token(request)?;
+    Some(match verify(&token, env) {
+        Ok(claims) if claims.admin => Ok(claims.exp),
+        Ok(_) => Err("the token is no administrator's".to_owned()),
+        Err((close, _)) => Err(close.reason().to_owned()),
+    })
 }
 
 /// A refusal, and whether there was a proof at all.

@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 pub struct Batch {
     /// OID of the database the link belongs to.
     pub database: u32,
+    /// When the oldest of it was committed, in microseconds since 1970; 0 where nobody knows.
+    pub committed: i64,
     notifications: Vec<Notification>,
     runs: Vec<(Range<usize>, OnceLock<Frame>)>,
 }
@@ -22,10 +24,10 @@ pub struct Run<'a> {
 }
 
 impl Batch {
-    /// Notifications of one database (its OID), in delivery order.
-    pub fn new(database: u32, notifications: Vec<Notification>) -> Batch {
+    /// Notifications of one database (its OID), in delivery order, the oldest committed then.
+    pub fn new(database: u32, notifications: Vec<Notification>, committed: i64) -> Batch {
         let runs = protocol::runs(&notifications, true).into_iter().map(|run| (run, OnceLock::new())).collect();
-        Batch { database, notifications, runs }
+        Batch { database, committed, notifications, runs }
     }
 
     /// The runs, in order.

@@ -5,9 +5,11 @@ use super::batch::Batch;
 use super::counters::Counters;
 use super::reactor::{Parts, Reactor};
 use super::replays::Ask;
+use super::status::{Gauges, Snapshot};
 use crate::core::link::{Answer, Connection, Question};
 use crate::core::notification::Notification;
 use crate::core::settings::{Database, Settings};
+use crate::core::status;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
 use mio::net::TcpStream;
 use mio::{Poll, Token, Waker};
@@ -83,7 +85,12 @@ pub struct Start {
     pub link_path: PathBuf,
     /// Called after each message to the main thread, from any network thread.
     pub wake_main: Box<dyn Fn() + Send + Sync>,
+    /// How the databases are: called from a network thread, while somebody looks.
+    pub census: Box<Census>,
 }
+
+/// Tells how the databases are, without asking anybody.
+pub type Census = dyn Fn() -> Vec<status::Database> + Send + Sync;
 
 /// The running network threads.
 pub struct Net {
@@ -136,6 +143,29 @@ pub(super) enum Note {
         reactor: usize,
         query: u64,
         question: Question,
+    },
+    /// To reactor 0: somebody looks at the gateway itself.
+    WantSurvey,
+    /// Say what you have; the answer goes to reactor 0.
+    Survey {
+        number: u64,
+    },
+    Surveyed {
+        number: u64,
+        gauges: Gauges,
+    },
+    /// The state of the gateway.
+    Snapshot(Arc<Snapshot>),
+    /// End this connection if you have it; the answer goes to reactor 0.
+    Disconnect {
+        inquiry: u64,
+        id: i64,
+        database: Option<u32>,
+        reason: String,
+    },
+    Disconnected {
+        inquiry: u64,
+        found: bool,
     },
     /// To reactor 0: nobody waits for the answer to this query any more.
     DropQuery {
@@ -241,6 +271,7 @@ impl Net {
         let (to_main, from_threads) = bounded(MAIN_MAX);
         let (alive, ended) = bounded(0);
         let wake: Arc<dyn Fn() + Send + Sync> = Arc::from(start.wake_main);
+        let census: Arc<Census> = Arc::from(start.census);
         let (counters, numbers) = (Arc::new(Counters::default()), Arc::new(Numbers::default()));
         let (mut peers, mut rooms) = (Vec::new(), Vec::new());
         for _ in 0..start.settings.io_threads.max(1) {
@@ -260,6 +291,7 @@ impl Net {
                 peers: peers.clone(),
                 main: MainLine::new(to_main.clone(), wake.clone()),
                 numbers: numbers.clone(),
+                census: census.clone(),
                 settings: start.settings.clone(),
                 databases: start.databases.clone(),
                 counters: net.counters.clone(),

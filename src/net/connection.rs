@@ -3,7 +3,7 @@
 
 use super::Env;
 use super::asked::Waiting;
-use super::counters::Counters;
+use super::counters::{Counters, Rejection};
 use super::http::{self, Served};
 use super::outbound::{Flow, Full, Kind};
 use super::replays::Replays;
@@ -177,6 +177,7 @@ impl Connection {
             return;
         }
         self.deadline = env.now + IDLE_WAIT;
+        Counters::add(&env.counters.requests, 1);
         self.socket.say(response.into());
         if close {
             self.end(env);
@@ -212,13 +213,19 @@ impl Connection {
                     self.close_slow(env);
                     Turn::Closing
                 }
+                Heard::Fast => {
+                    Counters::add(&env.counters.closed_by_policy, 1);
+                    env.counters.reject(Rejection::Rate);
+                    self.part(&Close::new(CloseCode::TryLater, ""), env);
+                    Turn::Closing
+                }
                 Heard::Gone => Turn::Gone,
             },
             Stage::Closing(Some(websocket)) => match websocket.read(&mut self.socket, env) {
                 Heard::Text(_) => Turn::Done,
                 Heard::Nothing => self.wait(),
                 Heard::Gone if self.socket.out.is_empty() => Turn::Gone,
-                Heard::Goodbye | Heard::Close(_) | Heard::Slow | Heard::Gone => self.end(env),
+                Heard::Goodbye | Heard::Close(_) | Heard::Fast | Heard::Slow | Heard::Gone => self.end(env),
             },
             Stage::Closing(None) => match self.socket.drain() {
                 Ok(_) => self.wait(),
@@ -273,7 +280,7 @@ impl Connection {
             if http.buffer.is_empty() {
                 return None;
             }
-            match http::serve(&http.buffer, env, self.refused) {
+            match http::serve(&http.buffer, self.address.ip(), env, self.refused) {
                 Served::Partial { go_on } => {
                     if go_on && !std::mem::replace(&mut http.told, true) {
                         self.socket.say(Frame::from(&b"HTTP/1.1 100 Continue\r\n\r\n"[..]));
@@ -328,14 +335,24 @@ impl Connection {
         if self.websocket().is_some() && !matches!(close.code, Normal | GoingAway | Restart | KeepAlive) {
             Counters::add(&env.counters.closed_by_policy, 1);
         }
+        if self.websocket().is_some() {
+            Rejection::of_close(close.code).into_iter().for_each(|why| env.counters.reject(why));
+        }
         self.part(close, env);
     }
 
     /// Closes a websocket that reads too slowly; what waits for it is dropped, it will ask for it when it comes back.
     pub fn close_slow(&mut self, env: &Env) {
         Counters::add(&env.counters.slow_consumers, 1);
+        env.counters.reject(Rejection::Slow);
         self.socket.out.cut();
         self.part(&Close::new(CloseCode::TryLater, "reading too slowly"), env);
+    }
+
+    /// Closes a websocket because somebody wants it.
+    pub fn disconnect(&mut self, close: &Close, env: &Env) {
+        env.counters.reject(Rejection::Disconnected);
+        self.part(close, env);
     }
 
     fn part(&mut self, close: &Close, env: &Env) {
@@ -399,7 +416,7 @@ impl Connection {
             _ if env.now < self.deadline => Due::Nothing,
             Stage::Http(http) if http.waiting.is_some() => return Turn::Waited,
             Stage::Http(http) if !http.kept || !http.buffer.is_empty() || http.skip > 0 => {
-                self.socket.say(http::refusal(408).into());
+                self.socket.say(http::refusal(408, env).into());
                 return self.end(env);
             }
             _ => Due::Gone,

@@ -2,6 +2,7 @@
 //! reactor's.
 
 use super::Env;
+use super::admin;
 use super::asked::{self, Asked, Wish};
 use super::auth;
 use super::handshake;
@@ -37,6 +38,9 @@ const ROUTES: &[Route] = &[
     post("/websocket/peek_notifications", peek),
     post("/bus/has_missed_notifications", missed),
     post("/bus/get_autovacuum_info", vacuum),
+    get("/metrics", admin::metrics),
+    get("/imbus", admin::page),
+    Route { path: "/imbus/live", methods: &["GET", "OPTIONS"], takes_body: false, answer: admin::live },
 ];
 
 /// The endpoint that answers a request.
@@ -48,7 +52,8 @@ pub fn find(request: &Request, env: &Env) -> Result<&'static Route, Response> {
     let route = route.ok_or_else(|| Response::text(404, "no such endpoint"))?;
     let allow = ("Allow", route.methods.join(", "));
     if request.method == "OPTIONS" {
-        let mut response = Response { status: 204, headers: vec![allow], kind: "", body: String::new() };
+        let mut response = Response::text(204, "");
+        response.headers.push(allow);
         response.headers.extend(origin::preflight(request, env, route.methods));
         return Err(response);
     }
@@ -112,7 +117,7 @@ fn wanted(params: &str, waits: bool) -> Result<Wish, String> {
 fn call(request: &Request, body: &[u8], env: &Env, wish: impl FnOnce(&str) -> Result<Wish, String>) -> Answer {
     let refuse = |status: u16, text: &str| Answer::Response(Response::text(status, text));
     if !origin::may_ask(request, env) {
-        return refuse(403, "this origin is not allowed, see imbus.allowed_origins");
+        return Answer::Response(origin::refused());
     }
     // A page of another site may send a form without asking, but not this.
     let kind = request.header("Content-Type").unwrap_or_default();

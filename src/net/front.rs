@@ -4,8 +4,9 @@
 use super::bridge::{LogLevel, MainLine, Peer};
 use super::links::{LinkEvent, LinkId, Links};
 use super::listener::Listeners;
+use super::survey::Surveys;
 use crate::core::hub::Moment;
-use crate::core::link::Connection;
+use crate::core::link::{Command, Connection};
 use crate::core::settings::Settings;
 use mio::net::UnixListener;
 use mio::{Interest, Registry, Token};
@@ -42,6 +43,7 @@ pub struct Front {
     /// When to accept links again after it failed.
     links_retry: Option<Moment>,
     complained: bool,
+    pub surveys: Surveys,
     inquiries: HashMap<u64, Inquiry>,
     next_inquiry: u64,
     /// Doors at which somebody may wait.
@@ -55,6 +57,8 @@ struct Inquiry {
     link: LinkId,
     missing: usize,
     connections: Vec<Connection>,
+    /// The connection that was to be ended was there.
+    found: bool,
 }
 
 impl Front {
@@ -72,6 +76,7 @@ impl Front {
             door_retry: Some(0),
             links_retry: None,
             complained: false,
+            surveys: Surveys::default(),
             inquiries: HashMap::new(),
             next_inquiry: 0,
             knocked: Vec::new(),
@@ -131,7 +136,8 @@ impl Front {
     /// Begins to ask all reactors who is connected.
     pub fn inquire(&mut self, link: LinkId, reactors: usize) -> u64 {
         self.next_inquiry += 1;
-        self.inquiries.insert(self.next_inquiry, Inquiry { link, missing: reactors, connections: Vec::new() });
+        self.inquiries
+            .insert(self.next_inquiry, Inquiry { link, missing: reactors, connections: Vec::new(), found: false });
         self.next_inquiry
     }
 
@@ -143,7 +149,19 @@ impl Front {
         if inquiry.missing == 0
             && let Some(inquiry) = self.inquiries.remove(&number)
         {
-            self.links.answer(inquiry.link, inquiry.connections);
+            self.links.answer(inquiry.link, &Command::Connections(inquiry.connections));
+        }
+    }
+
+    /// Whether one reactor had the connection that is to be ended; with the last one who asked for it is answered.
+    pub fn disconnected(&mut self, number: u64, found: bool) {
+        let Some(inquiry) = self.inquiries.get_mut(&number) else { return };
+        inquiry.found |= found;
+        inquiry.missing = inquiry.missing.saturating_sub(1);
+        if inquiry.missing == 0
+            && let Some(inquiry) = self.inquiries.remove(&number)
+        {
+            self.links.answer(inquiry.link, &Command::Disconnected(inquiry.found));
         }
     }
 

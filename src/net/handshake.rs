@@ -4,7 +4,7 @@
 
 use super::Env;
 use super::auth::{self, Admission};
-use super::counters::Counters;
+use super::counters::{Counters, Rejection};
 use super::http::{Answer, Request, Response};
 use super::origin;
 use crate::core::protocol::{self, Close, CloseCode};
@@ -24,23 +24,32 @@ const REQUIRED: [&str; 6] = ["Connection", "Host", "Sec-WebSocket-Key", "Sec-Web
 /// Answers `GET /websocket`.
 pub fn answer(request: &Request, _: &[u8], env: &Env) -> Answer {
     let rejected: &AtomicU64 = &env.counters.handshakes_rejected;
-    let key = match check(request, env) {
-        Ok(key) => key,
+    let response = match accept(request, env) {
+        Ok(response) => response,
         Err(response) => {
             Counters::add(rejected, 1);
             return Answer::Response(response);
         }
     };
-    let accept = tungstenite::handshake::derive_accept_key(key.as_bytes());
+    let admission = check_version(request).and_then(|()| auth::admit(request, env));
+    if let Err(close) = &admission {
+        Counters::add(rejected, 1);
+        Rejection::of_close(close.code).into_iter().for_each(|why| env.counters.reject(why));
+    }
+    Answer::Upgrade(Box::new(Upgrade { response, admission }))
+}
+
+/// The 101 to a request for a websocket.
+///
+/// # Errors
+/// The answer to one that cannot become a websocket.
+pub fn accept(request: &Request, env: &Env) -> Result<Vec<u8>, Response> {
+    let accept = tungstenite::handshake::derive_accept_key(check(request, env)?.as_bytes());
     let response = format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
          Sec-WebSocket-Accept: {accept}\r\n\r\n"
     );
-    let admission = check_version(request).and_then(|()| auth::admit(request, env));
-    if admission.is_err() {
-        Counters::add(rejected, 1);
-    }
-    Answer::Upgrade(Box::new(Upgrade { response: response.into_bytes(), admission }))
+    Ok(response.into_bytes())
 }
 
 /// Checks the headers and returns the key.
@@ -67,7 +76,7 @@ fn check<'a>(request: &Request<'a>, env: &Env) -> Result<&'a str, Response> {
     let key = key.ok_or_else(|| Response::text(400, "header Sec-WebSocket-Key must be 16 bytes in base64"))?;
     let (origin, host) = (request.header("Origin").unwrap_or(""), request.header("Host").unwrap_or(""));
     if request.all("Origin").count() > 1 || !origin::is_allowed(origin, host, &env.settings.allowed_origins) {
-        return Err(Response::text(403, "this origin is not allowed, see imbus.allowed_origins"));
+        return Err(origin::refused());
     }
     Ok(key)
 }

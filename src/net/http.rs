@@ -4,10 +4,12 @@
 
 use super::Env;
 use super::asked::Asked;
+use super::counters::{Counters, Rejection};
 use super::endpoints::{self, Route};
 use super::handshake::Upgrade;
 use super::origin;
 use httparse::Header;
+use std::net::IpAddr;
 
 /// The longest request head, in bytes (SPEC section 7).
 pub const HEAD_MAX: usize = 8 * 1024;
@@ -26,6 +28,8 @@ pub struct Request<'a> {
     pub query: &'a str,
     /// Of HTTP/1.x.
     pub minor: u8,
+    /// Who asks.
+    pub peer: IpAddr,
     headers: &'a [Header<'a>],
 }
 
@@ -35,6 +39,8 @@ pub struct Response {
     pub headers: Vec<(&'static str, String)>,
     pub kind: &'static str,
     pub body: String,
+    /// What it counts as, where the status does not say it all.
+    pub rejection: Option<Rejection>,
 }
 
 /// What an endpoint does with a request.
@@ -149,13 +155,14 @@ impl<'a> Request<'a> {
 impl Response {
     /// A short text for people.
     pub fn text(status: u16, body: &str) -> Response {
-        Response { status, headers: Vec::new(), kind: "text/plain; charset=utf-8", body: format!("{body}\n") }
+        let (kind, body) = ("text/plain; charset=utf-8", format!("{body}\n"));
+        Response { status, headers: Vec::new(), kind, body, rejection: None }
     }
 
     /// JSON.
     pub fn json(status: u16, body: String) -> Response {
         let headers = vec![("Cache-Control", "no-store".to_owned())];
-        Response { status, headers, kind: "application/json", body }
+        Response { status, headers, kind: "application/json", body, rejection: None }
     }
 }
 
@@ -193,33 +200,38 @@ impl Reply {
 }
 
 /// Looks at what a connection has sent. `refused` tells that there are too many connections already.
-pub fn serve(buffer: &[u8], env: &Env, refused: bool) -> Served {
+pub fn serve(buffer: &[u8], peer: IpAddr, env: &Env, refused: bool) -> Served {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut parsed = httparse::Request::new(&mut headers);
     let consumed = match parsed.parse(buffer) {
         Ok(httparse::Status::Complete(consumed)) if consumed <= HEAD_MAX => consumed,
         Ok(httparse::Status::Partial) if buffer.len() < HEAD_MAX => return Served::Partial { go_on: false },
-        Ok(_) | Err(httparse::Error::TooManyHeaders) => return refuse(431),
-        Err(_) => return refuse(400),
+        Ok(_) | Err(httparse::Error::TooManyHeaders) => return refuse(431, env),
+        Err(_) => return refuse(400, env),
     };
     let target = parsed.path.unwrap_or_default();
     let (path, query) = local(target).split_once('?').unwrap_or((local(target), ""));
     let minor = parsed.version.unwrap_or(1);
     let method = parsed.method.unwrap_or_default();
-    let request = Request { method, path, query, minor, headers: parsed.headers };
+    let request = Request { method, path, query, minor, peer, headers: parsed.headers };
     match answer(&request, buffer.get(consumed..).unwrap_or_default(), env, refused) {
         Ok(Step::Wait { go_on }) => Served::Partial { go_on },
         Ok(Step::Answer { used, skip, answer }) => {
             let (consumed, reply) = (consumed + used, request.reply(env));
             match answer {
-                Answer::Upgrade(upgrade) => Served::Upgraded { consumed, upgrade },
+                Answer::Upgrade(upgrade) => {
+                    Counters::add(&env.counters.requests, 1);
+                    Served::Upgraded { consumed, upgrade }
+                }
                 Answer::Ask(asked) => Served::Asked { consumed, asked, reply },
                 Answer::Response(response) => {
+                    env.counters.answered(&response);
                     Served::Answered { consumed, skip, response: reply.bytes(&response), close: reply.close }
                 }
             }
         }
         Err(response) => {
+            env.counters.answered(&response);
             let response = request.reply(env).last_word().bytes(&response);
             Served::Answered { consumed, skip: 0, response, close: true }
         }
@@ -245,6 +257,7 @@ fn answer(request: &Request, rest: &[u8], env: &Env, refused: bool) -> Result<St
     }
     if refused {
         let mut response = Response::text(503, "too many connections");
+        response.rejection = Some(Rejection::TooManyConnections);
         response.headers.push(("Retry-After", "5".to_owned()));
         return Err(response);
     }
@@ -269,14 +282,16 @@ fn answer(request: &Request, rest: &[u8], env: &Env, refused: bool) -> Result<St
 }
 
 /// The answer to what is no request that could be answered.
-fn refuse(status: u16) -> Served {
-    Served::Answered { consumed: 0, skip: 0, response: refusal(status), close: true }
+fn refuse(status: u16, env: &Env) -> Served {
+    Served::Answered { consumed: 0, skip: 0, response: refusal(status, env), close: true }
 }
 
 /// The answer to a head that is bad (400), too long (431) or late (408); the connection ends with it.
-pub fn refusal(status: u16) -> Vec<u8> {
+pub fn refusal(status: u16, env: &Env) -> Vec<u8> {
     let reply = Reply { minor: 1, is_head: false, close: true, headers: Vec::new() };
-    reply.bytes(&Response::text(status, reason(status)))
+    let response = Response::text(status, reason(status));
+    env.counters.answered(&response);
+    reply.bytes(&response)
 }
 
 /// The path and query of a request target, also of one in absolute form (RFC 9112 section 3.2.2).

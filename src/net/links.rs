@@ -7,7 +7,7 @@ use super::batch::Batch;
 use super::link::{Link, Peer, Reason};
 use super::replays::Ask;
 use crate::core::hub::Moment;
-use crate::core::link::{self, Answer, Command, Connection, Event, Question};
+use crate::core::link::{self, Answer, Command, Event, Question};
 use crate::core::notification::Notification;
 use crate::core::settings::Database;
 use desk::Desk;
@@ -54,6 +54,13 @@ pub enum LinkEvent {
     Inspect {
         link: LinkId,
         database: Option<u32>,
+    },
+    /// A connection is to be ended.
+    Disconnect {
+        link: LinkId,
+        id: i64,
+        database: Option<u32>,
+        reason: String,
     },
     /// Something to be logged as a warning.
     Complaint(String),
@@ -140,6 +147,11 @@ impl Links {
         self.pump(database);
     }
 
+    /// Whether the worker of a database is connected.
+    pub fn is_up(&self, database: u32) -> bool {
+        self.desks.get(&database).is_some_and(|desk| desk.link.is_some())
+    }
+
     /// Nobody waits for the answer to this query any more.
     pub fn drop_query(&mut self, database: u32, query: u64) {
         if let Some(desk) = self.desks.get_mut(&database) {
@@ -161,11 +173,11 @@ impl Links {
     }
 
     /// Answers an inspector and hangs up on it.
-    pub fn answer(&mut self, id: LinkId, connections: Vec<Connection>) {
+    pub fn answer(&mut self, id: LinkId, answer: &Command) {
         let Some(link) = self.links.get_mut(id.place).and_then(Option::as_mut).filter(|l| l.serial == id.serial) else {
             return;
         };
-        let result = link.say(&Command::Connections(connections));
+        let result = link.say(answer);
         link.peer = Peer::Served;
         self.settle(id.place, result.map(|()| false));
     }
@@ -211,13 +223,20 @@ impl Links {
                 self.events.push(LinkEvent::Inspect { link, database });
                 Ok(())
             }
-            (Peer::Unknown(_), Event::Hello { version, .. } | Event::Inspect { version, .. }) => {
-                Err(Some(format!("it speaks version {version} of the protocol, this process {}", link::VERSION)))
+            (Peer::Unknown(_), Event::Disconnect { version: link::VERSION, database, id, reason }) => {
+                link.peer = Peer::Inspector;
+                let link = LinkId { place, serial: link.serial };
+                self.events.push(LinkEvent::Disconnect { link, id, database, reason });
+                Ok(())
             }
-            (Peer::Database(database), Event::Dispatch { notifications, position }) => {
+            (
+                Peer::Unknown(_),
+                Event::Hello { version, .. } | Event::Inspect { version, .. } | Event::Disconnect { version, .. },
+            ) => Err(Some(format!("it speaks version {version} of the protocol, this process {}", link::VERSION))),
+            (Peer::Database(database), Event::Dispatch { notifications, position, committed }) => {
                 self.desks.entry(database).or_default().position = Some(position);
                 if !notifications.is_empty() {
-                    self.events.push(LinkEvent::Batch(Arc::new(Batch::new(database, notifications))));
+                    self.events.push(LinkEvent::Batch(Arc::new(Batch::new(database, notifications, committed))));
                 }
                 Ok(())
             }

@@ -5,6 +5,7 @@
 //! doors: the TCP listeners and the links of the database workers ([`front`]). What comes in on a link is passed to all
 //! reactors in the order of the link, which is what delivery rests on.
 
+mod admin;
 mod asked;
 mod auth;
 mod batch;
@@ -23,6 +24,8 @@ mod outbound;
 mod reactor;
 mod replays;
 mod socket;
+mod status;
+mod survey;
 mod timers;
 mod websocket;
 

@@ -3,11 +3,18 @@
 //! cookies. What the pages of others may read (CORS, the Fetch standard) follows the same rule.
 
 use super::Env;
-use super::http::Request;
+use super::counters::Rejection;
+use super::http::{Request, Response};
 
 /// Whether a request may be answered: it says no origin, as no browser's does, or an allowed one.
 pub fn may_ask(request: &Request, env: &Env) -> bool {
     request.all("Origin").next().is_none() || allowed(request, env).is_some()
+}
+
+/// The answer to a page of another site.
+pub fn refused() -> Response {
+    let text = "this origin is not allowed, see imbus.allowed_origins";
+    Response { rejection: Some(Rejection::Origin), ..Response::text(403, text) }
 }
 
 /// Its origin, if that is allowed.
@@ -52,6 +59,13 @@ pub fn is_allowed(origin: &str, host: &str, allowed: &[String]) -> bool {
         other.eq_ignore_ascii_case(scheme) && endpoint(authority, other).as_ref() == Some(&from)
     };
     endpoint(host, scheme).as_ref() == Some(&from) || allowed.iter().any(is_same)
+}
+
+/// Whether a Host header names this very machine.
+pub fn is_loopback(host: &str) -> bool {
+    let Some((name, _)) = endpoint(host, "http") else { return false };
+    let name = name.trim_start_matches('[').trim_end_matches(']');
+    name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// Host in lower case and port of `host[:port]`; without a port that of the scheme.
@@ -104,6 +118,18 @@ mod tests {
             ("https://odoo.example.com:99999", "odoo.example.com:99999"),
         ] {
             assert!(!is_allowed(origin, host, &[]), "{origin} at {host}");
+        }
+    }
+
+    #[test]
+    fn this_machine_has_few_names() {
+        for host in ["localhost", "LOCALHOST:8072", "127.0.0.1", "127.1.2.3:80", "[::1]", "[::1]:8072"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in
+            ["", "example.com", "localhost.example.com", "10.0.0.1", "127.0.0.1.evil.example", "[::2]", "::1", "127.1"]
+        {
+            assert!(!is_loopback(host), "{host}");
         }
     }
 

@@ -6,9 +6,10 @@ mod delivery;
 mod doors;
 mod notes;
 mod requests;
+mod watching;
 
 use super::Env;
-use super::bridge::{LogLevel, MainLine, Note, Numbers, Peer, WAKER};
+use super::bridge::{Census, LogLevel, MainLine, Note, Numbers, Peer, WAKER};
 use super::connection::{Connection, Turn};
 use super::counters::Counters;
 use super::front::{CONNECTIONS, Front};
@@ -27,7 +28,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How soon to try again when the main thread takes no messages, in milliseconds.
 const MAIN_RETRY: Moment = 20;
@@ -43,6 +44,7 @@ pub struct Parts {
     pub peers: Vec<Peer>,
     pub main: MainLine,
     pub numbers: Arc<Numbers>,
+    pub census: Arc<Census>,
     pub settings: Arc<Settings>,
     pub databases: Arc<Vec<Database>>,
     pub counters: Arc<Counters>,
@@ -59,6 +61,7 @@ pub struct Reactor {
     peers: Vec<Peer>,
     main: MainLine,
     numbers: Arc<Numbers>,
+    census: Arc<Census>,
     env: Env,
     hub: Hub,
     connections: Vec<Option<Box<Connection>>>,
@@ -71,6 +74,13 @@ pub struct Reactor {
     receivers: Vec<Slot>,
     /// Who waits for the answer to which query.
     queries: HashMap<u64, Slot>,
+    /// Open websockets of the live page.
+    watchers: Vec<Slot>,
+    /// Who waits for the text of `/metrics`.
+    measuring: Vec<Slot>,
+    next_survey: Moment,
+    /// What was dispatched in this turn: when it was committed (microseconds since 1970), how many it reached.
+    dispatched: Vec<(i64, usize)>,
     /// Only reactor 0 has it.
     front: Option<Front>,
     /// The reactor that takes the next accepted connection.
@@ -98,6 +108,7 @@ impl Reactor {
             peers: parts.peers,
             main: parts.main,
             numbers: parts.numbers,
+            census: parts.census,
             env: Env::new(parts.settings, parts.databases, parts.counters, parts.start),
             hub: Hub::default(),
             connections: Vec::new(),
@@ -107,6 +118,10 @@ impl Reactor {
             again: Vec::new(),
             receivers: Vec::new(),
             queries: HashMap::new(),
+            watchers: Vec::new(),
+            measuring: Vec::new(),
+            next_survey: 0,
+            dispatched: Vec::new(),
             front,
             next: 0,
             stop_at: None,
@@ -133,7 +148,9 @@ impl Reactor {
             self.read_notes();
             self.front_turn();
             self.time_passes();
+            self.watch_time();
             self.write();
+            self.observe();
             self.main.retry();
         }
         Ok(())
@@ -150,7 +167,7 @@ impl Reactor {
         }
         let front = self.front.as_ref().and_then(Front::wake_at);
         let main = self.main.is_waiting().then_some(self.env.now + MAIN_RETRY);
-        let at = [self.timers.next(), front, main, self.stop_at].into_iter().flatten().min()?;
+        let at = [self.timers.next(), front, main, self.stop_at, self.watch_deadline()].into_iter().flatten().min()?;
         Some(Duration::from_millis(at.saturating_sub(self.env.elapsed())))
     }
 
@@ -232,12 +249,29 @@ impl Reactor {
                 Turn::Gone => return self.remove(slot),
             }
         }
+        if let Some(connection) = self.get(slot) {
+            let received = connection.socket.take_received();
+            Counters::add(&self.env.counters.bytes_received, received);
+        }
         self.mark(slot);
+    }
+
+    /// How long what went out in this turn has taken since its commit.
+    fn observe(&mut self) {
+        if self.dispatched.is_empty() {
+            return;
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        for (committed, count) in self.dispatched.drain(..) {
+            let taken = now.saturating_sub(u128::from(committed.unsigned_abs()));
+            self.env.counters.took(u64::try_from(taken).unwrap_or(u64::MAX), count);
+        }
     }
 
     /// A connection is on its way out: nothing is delivered to it any more.
     fn leave(&mut self, slot: Slot) {
         self.drop_query(slot);
+        self.watchers.retain(|watcher| *watcher != slot);
         let Some(database) = self.hub.database(slot) else { return };
         if self.get(slot).is_some_and(|connection| std::mem::take(&mut connection.counted)) {
             Counters::less(&self.env.counters.connections_open);

@@ -28,6 +28,7 @@ pub struct Socket {
     overflow: bool,
     counter: FrameCounter,
     frames: usize,
+    received: usize,
 }
 
 impl Socket {
@@ -46,6 +47,7 @@ impl Socket {
             overflow: false,
             counter: FrameCounter::default(),
             frames: 0,
+            received: 0,
         }
     }
 
@@ -69,6 +71,11 @@ impl Socket {
     /// How many websocket frames arrived since the last call.
     pub fn take_frames(&mut self) -> usize {
         std::mem::take(&mut self.frames)
+    }
+
+    /// How many bytes arrived since the last call.
+    pub fn take_received(&mut self) -> usize {
+        std::mem::take(&mut self.received)
     }
 
     /// Begins to count frames; `already` was read before.
@@ -135,6 +142,7 @@ impl Read for Socket {
         };
         self.budget = self.budget.saturating_sub(count);
         self.heard |= count > 0;
+        self.received += count;
         self.frames += self.counter.feed(bytes.get(..count).unwrap_or_default());
         Ok(count)
     }

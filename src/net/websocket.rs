@@ -44,6 +44,8 @@ pub enum Heard {
     Goodbye,
     /// The connection is to be closed.
     Close(Close),
+    /// The peer sends more frames than it may.
+    Fast,
     /// The peer does not read what its pings are answered with.
     Slow,
     /// The peer is gone.
@@ -97,7 +99,7 @@ impl Websocket {
                 self.pinged = None;
             }
             if !self.within_rate(socket.take_frames(), env) {
-                return Heard::Close(Close::new(CloseCode::TryLater, ""));
+                return Heard::Fast;
             }
             if socket.has_overflowed() {
                 return Heard::Slow;

@@ -64,7 +64,11 @@ struct Database {
     tracker: Option<Tracker>,
     history: History,
     reader: Reader,
+    /// Where it began.
+    began: u64,
     intake: Intake,
+    /// When the oldest commit was made that is not handed on, in microseconds since 1970; 0 for none that is known.
+    committed: i64,
     /// The bus table has its trigger, so that every insert is announced.
     attached: bool,
     /// What this snapshot sees of the ids up to the position is dispatched by the time of the next bookmark.
@@ -72,9 +76,11 @@ struct Database {
     snapshot_at: Instant,
     /// Transactions that were prepared before this worker began without knowing of their ids.
     inherited: HashSet<u32>,
-    /// The order in which prepared transactions have sent, by id.
-    promises: HashMap<i64, u64>,
-    promised: u64,
+    /// What prepared transactions have sent, in order, by their numbers; and how many ids these are.
+    promises: HashMap<u32, Vec<(i64, i64)>>,
+    promised: usize,
+    /// Prepared transactions of which not all is known.
+    unknown: HashSet<u32>,
     /// The table is to be looked at, whatever the ring says.
     look_due: bool,
     /// Something in the ring was lost.
@@ -202,13 +208,16 @@ impl Database {
             tracker: None,
             history: History::default(),
             reader: Reader::default(),
+            began: 0,
             intake: Intake::default(),
+            committed: 0,
             attached: false,
             snapshot: String::new(),
             snapshot_at: now,
             inherited: HashSet::new(),
             promises: HashMap::new(),
             promised: 0,
+            unknown: HashSet::new(),
             look_due: true,
             is_overrun: false,
             behind: None,
@@ -368,7 +377,7 @@ impl Database {
             Command::More { request } => self.go_on(request),
             Command::Forget { request } => drop(self.replays.remove(&request)),
             Command::Query { query, question } => self.answer(query, question),
-            Command::Connections(_) => {}
+            Command::Connections(_) | Command::Disconnected(_) => {}
         }
     }
 
@@ -378,6 +387,7 @@ impl Database {
         match (&mut self.tracker, &self.bus, position) {
             (Some(tracker), Some(bus), Some(position)) => {
                 self.reader = Reader::new(position.ring);
+                self.began = position.ring;
                 self.intake.begin(position.ring, position.taken);
                 self.history.rewind(position.epoch, position.journal);
                 tracker.rewind(position, bus.holders());

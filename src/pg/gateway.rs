@@ -9,6 +9,7 @@ use super::{guc, listen, sql};
 use crate::core::link::SOCKET_PATH;
 use crate::core::payload;
 use crate::core::settings::Database;
+use crate::core::status;
 use crate::net::bridge::{LogLevel, Net, Start, ToMain, ToNet};
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -72,7 +73,7 @@ pub extern "C-unwind" fn imbus_gateway_main(_argument: pg_sys::Datum) {
         pgrx::warning!("imbus gateway could not listen: {failure}");
         launch::exit_to_restart();
     }
-    let Some(waker) = start_network() else { launch::exit_to_restart() };
+    let Some(waker) = start_network(shared) else { launch::exit_to_restart() };
     shared.started.store(worker::now(), Ordering::Release);
     Gateway {
         shared,
@@ -102,7 +103,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
 }
 
 /// Starts the threads with all signals blocked, so that only this thread gets them.
-fn start_network() -> Option<UnixStream> {
+fn start_network(shared: &'static Shared) -> Option<UnixStream> {
     raise_file_limit();
     let (here, there) = UnixStream::pair().ok()?;
     here.set_nonblocking(true).ok()?;
@@ -113,6 +114,7 @@ fn start_network() -> Option<UnixStream> {
         link_path: SOCKET_PATH.into(),
         // A full pipe means that a wake-up waits already.
         wake_main: Box::new(move || drop((&there).write(&[1]))),
+        census: Box::new(move || census(shared)),
     };
     // SAFETY: plain signal masks of this thread, restored below.
     let before = unsafe {
@@ -135,6 +137,20 @@ fn start_network() -> Option<UnixStream> {
             None
         }
     }
+}
+
+/// How the databases are, from shared memory: the network threads call it.
+fn census(shared: &Shared) -> Vec<status::Database> {
+    let known = shared.databases().filter(|slot| !matches!(slot.state(), DatabaseState::Absent | DatabaseState::Free));
+    let describe = |slot: &DatabaseSlot| status::Database {
+        oid: slot.oid(),
+        state: if slot.state() == DatabaseState::Running { "running" } else { "starting" },
+        pid: slot.process.pid(),
+        position: slot.position.load(Ordering::Relaxed),
+        gaps: slot.gaps.load(Ordering::Relaxed),
+        dispatched: slot.dispatched.load(Ordering::Relaxed),
+    };
+    known.map(describe).collect()
 }
 
 /// A socket a client: as many files as the system lets this process have.

@@ -163,8 +163,10 @@ fn append_finished(ring: &Shared, database: u32, numbers: impl ExactSizeIterator
 
 /// The transaction was prepared: its ids are waited for until somebody ends it.
 pub fn prepared(database: u32) -> bool {
+    // SAFETY: a plain read of this session's state.
+    let number = unsafe { pg_sys::GetTopTransactionIdIfAny() }.into_inner();
     let any = WRITTEN.with_borrow(|written| {
-        let entry = |(first, last)| Entry { database, kind: Kind::Prepared, first, last };
+        let entry = |range| Entry::prepared(database, range, number);
         if let Some(ring) = get() {
             ring.append(written.ranges().map(entry));
         }

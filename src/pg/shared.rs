@@ -98,6 +98,8 @@ pub struct DatabaseSlot {
     pub skipped: AtomicU64,
     pub position: AtomicI64,
     pub gaps: AtomicU64,
+    /// When the oldest commit was made that the worker has not taken in, in microseconds since 2000; 0 for none.
+    committed: AtomicI64,
 }
 
 impl DatabaseSlot {
@@ -118,6 +120,18 @@ impl DatabaseSlot {
 
     pub fn set_state(&self, state: DatabaseState) {
         self.state.store(state as u32, Ordering::Release);
+    }
+
+    /// Something was committed just now. Never fails: it runs after commit.
+    pub fn stamp(&self) {
+        if self.committed.load(Ordering::Relaxed) == 0 {
+            let _ = self.committed.compare_exchange(0, worker::now(), Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    /// When the oldest commit since the last call was made, in microseconds since 2000; 0 for none.
+    pub fn take_stamp(&self) -> i64 {
+        self.committed.swap(0, Ordering::Relaxed)
     }
 
     /// Gives the slot back.
@@ -362,7 +376,9 @@ impl Shared {
 
     /// Wakes the worker of a database: something was published there. Never fails.
     pub fn wake_bus(&self, oid: u32) {
-        if let Some(slot) = self.database(oid)
+        let slot = self.database(oid);
+        slot.into_iter().for_each(DatabaseSlot::stamp);
+        if let Some(slot) = slot
             // Whoever set it before has woken the worker, which has not looked at the ring since.
             && !slot.wake.swap(true, Ordering::AcqRel)
         {

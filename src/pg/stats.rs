@@ -1,9 +1,10 @@
 //! What the views `imbus_stat_*` read. Live state: without the workers they say 55000.
 
+use super::datum::Text;
 use super::report::{Outcome, not_preloaded};
 use super::shared::{self, DatabaseState, Shared};
 use super::worker;
-use crate::core::link::{Command, Connection, Decoder, Event, SOCKET_PATH, VERSION, encode};
+use crate::core::link::{Command, Decoder, Event, SOCKET_PATH, VERSION, encode};
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::iter::TableIterator;
 use pgrx::prelude::*;
@@ -127,7 +128,10 @@ fn imbus_connections() -> Outcome<
 > {
     live("imbus_stat_connections")?;
     let database = (!worker::is_monitor()).then(worker::database_oid);
-    let list = ask(database).unwrap_or_default();
+    let list = match ask(&Event::Inspect { version: VERSION, database }) {
+        Some(Command::Connections(list)) => list,
+        _ => Vec::new(),
+    };
     Ok(TableIterator::new(list.into_iter().map(|connection| {
         (
             connection.id,
@@ -143,15 +147,32 @@ fn imbus_connections() -> Outcome<
     })))
 }
 
-fn ask(database: Option<u32>) -> Option<Vec<Connection>> {
+/// `imbus_disconnect(id, reason)`: ends a connection of the current database (of any for pg_signal_backend) with close
+/// code 1013, so that its client comes back later. Whether it was there; NULL when the gateway does not answer.
+/// Errors: 55000 without shared_preload_libraries.
+#[pg_extern]
+fn imbus_disconnect(id: Option<i64>, reason: default!(Option<Text>, "NULL")) -> Outcome<Option<bool>> {
+    live("imbus_disconnect()")?;
+    let Some(id) = id else { return Ok(None) };
+    let database = (!worker::may_signal()).then(worker::database_oid);
+    let reason = reason.map_or_else(|| "disconnected by the administrator".to_owned(), |text| text.0);
+    let event = Event::Disconnect { version: VERSION, database, id, reason };
+    Ok(match ask(&event) {
+        Some(Command::Disconnected(found)) => Some(found),
+        _ => None,
+    })
+}
+
+/// Asks the gateway over a link of its own.
+fn ask(question: &Event) -> Option<Command> {
     let mut stream = UnixStream::connect(SOCKET_PATH).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
-    stream.write_all(&encode(&Event::Inspect { version: VERSION, database })?).ok()?;
+    stream.write_all(&encode(question)?).ok()?;
     let mut decoder = Decoder::default();
     let mut chunk = [0; 16 << 10];
     loop {
-        if let Some(Command::Connections(list)) = decoder.next().ok()? {
-            return Some(list);
+        if let Some(answer) = decoder.next().ok()? {
+            return Some(answer);
         }
         match stream.read(&mut chunk).ok()? {
             0 => return None,

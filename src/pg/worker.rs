@@ -97,9 +97,14 @@ pub fn now() -> i64 {
     unsafe { pg_sys::GetCurrentTimestamp() }
 }
 
+/// The same time in microseconds since 1970.
+pub fn since_1970(at: i64) -> i64 {
+    at.saturating_add(POSTGRES_EPOCH)
+}
+
 /// Seconds since 1970.
 pub fn unix_time() -> i64 {
-    now().saturating_add(POSTGRES_EPOCH) / 1_000_000
+    since_1970(now()) / 1_000_000
 }
 
 /// OID of the database this process is connected to.
@@ -119,6 +124,15 @@ pub fn is_monitor() -> bool {
     // SAFETY: catalog look-ups inside a transaction.
     unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(PG_MONITOR)) }
 }
+
+/// Whether the current user may end what others have: a member of pg_signal_backend (superusers are).
+pub fn may_signal() -> bool {
+    // SAFETY: catalog look-ups inside a transaction.
+    unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(PG_SIGNAL_BACKEND)) }
+}
+
+/// OID of the role pg_signal_backend (catalog/pg_authid.dat, fixed in all versions).
+const PG_SIGNAL_BACKEND: u32 = 4200;
 
 /// OID of the role pg_monitor (catalog/pg_authid.dat, fixed in all versions).
 const PG_MONITOR: u32 = 3373;

@@ -77,7 +77,14 @@ impl Gateway {
         let link_path = folder.join("link");
         std::fs::write(&link_path, "left behind").unwrap();
         let (settings, databases) = (Arc::new(settings), Arc::new(databases));
-        let net = Net::start(Start { settings, databases, link_path, wake_main: Box::new(|| {}) }).unwrap();
+        let net = Net::start(Start {
+            settings,
+            databases,
+            link_path,
+            wake_main: Box::new(|| {}),
+            census: Box::new(Vec::new),
+        })
+        .unwrap();
         Gateway { net: Some(net), port: 0, folder, logs: Vec::new() }
     }
 
@@ -258,7 +265,7 @@ impl Worker {
     pub fn dispatch(&mut self, notifications: &[Notification]) {
         let high = notifications.iter().map(|notification| notification.id).max().unwrap_or_default();
         let position = Position { table: 1, high, ..Position::default() };
-        self.send(&Event::Dispatch { notifications: notifications.to_vec(), position });
+        self.send(&Event::Dispatch { notifications: notifications.to_vec(), position, committed: 0 });
     }
 
     /// The next command, if one is there already.

@@ -17,7 +17,10 @@ impl Reactor {
     /// A websocket is open.
     pub(super) fn opened(&mut self, slot: Slot) {
         let Some(websocket) = self.get(slot).and_then(|connection| connection.websocket()) else { return };
-        let database = websocket.admission.authority.database();
+        let database = match &websocket.admission.authority {
+            Authority::Watcher { .. } => return self.watch(slot),
+            authority => authority.database(),
+        };
         self.hub.open(slot, database);
         if let Some(connection) = self.get(slot) {
             connection.counted = true;
@@ -106,6 +109,9 @@ impl Reactor {
             self.hub.dispatch(batch.database, run.notifications, self.env.now, &mut receivers);
             if !receivers.is_empty() {
                 Counters::add(&self.env.counters.frames_sent, receivers.len());
+                if batch.committed > 0 {
+                    self.dispatched.push((batch.committed, receivers.len() * run.notifications.len()));
+                }
                 Counters::add(&self.env.counters.notifications_sent, receivers.len() * run.notifications.len());
             }
             for slot in &receivers {

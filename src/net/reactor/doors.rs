@@ -2,7 +2,7 @@
 
 use super::Reactor;
 use crate::net::bridge::{LogLevel, Note, ToMain};
-use crate::net::counters::Counters;
+use crate::net::counters::{Counters, Rejection};
 use crate::net::links::LinkEvent;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -51,6 +51,7 @@ impl Reactor {
                     peer.tell(Note::Answered { query, answer });
                 }
             }
+            LinkEvent::Disconnect { link, id, database, reason } => self.end_connection(link, id, database, reason),
             LinkEvent::Inspect { link, database } => {
                 let own = self.inspect(database);
                 let Some(front) = &mut self.front else { return };
@@ -70,6 +71,7 @@ impl Reactor {
             let excess = usize::try_from(open).unwrap_or(usize::MAX).saturating_sub(self.env.settings.max_connections);
             let refused = open as usize >= self.env.settings.max_connections;
             if excess > REFUSALS {
+                self.env.counters.reject(Rejection::TooManyConnections);
                 Counters::less(&self.env.counters.sockets_open);
                 continue;
             }

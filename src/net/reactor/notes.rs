@@ -50,6 +50,22 @@ impl Reactor {
                     front.links.ask(database, reactor, ask);
                 }
             }
+            Note::WantSurvey => self.survey(),
+            Note::Survey { number } => {
+                let gauges = self.gauges();
+                self.tell_front(Note::Surveyed { number, gauges });
+            }
+            Note::Surveyed { number, gauges } => self.surveyed(number, gauges),
+            Note::Snapshot(snapshot) => self.show(&snapshot),
+            Note::Disconnect { inquiry, id, database, reason } => {
+                let found = self.disconnect(id, database, &reason);
+                self.tell_front(Note::Disconnected { inquiry, found });
+            }
+            Note::Disconnected { inquiry, found } => {
+                if let Some(front) = &mut self.front {
+                    front.disconnected(inquiry, found);
+                }
+            }
             Note::Answered { query, answer } => self.told(query, answer),
             Note::Query { database, reactor, query, question } => {
                 if let Some(front) = &mut self.front {
@@ -79,12 +95,17 @@ impl Reactor {
             }
             self.mark(slot);
         }
+        if !same_secret {
+            let close = Close::new(CloseCode::Unauthorized, "the token's secret was changed");
+            self.watchers.clone().into_iter().for_each(|slot| self.close(slot, &close));
+        }
     }
 
     /// The databases that are served now; connections of others are closed.
     pub(super) fn set_databases(&mut self, databases: Arc<Vec<Database>>) {
         if let Some(front) = &mut self.front {
             front.links.keep(&databases);
+            front.surveys.keep(|oid| databases.iter().any(|database| database.oid == oid));
         }
         self.env.databases = databases;
         for slot in self.open_slots() {
@@ -111,7 +132,7 @@ impl Reactor {
             front.close();
         }
         for slot in 0..self.connections.len() as Slot {
-            if self.hub.database(slot).is_some() {
+            if self.get(slot).is_some_and(|connection| connection.websocket().is_some()) {
                 self.close(slot, &Close::new(CloseCode::GoingAway, ""));
             } else if self.get(slot).is_some_and(|connection| !connection.is_closing()) {
                 self.remove(slot);
@@ -126,20 +147,9 @@ impl Reactor {
             let Some(connection) = connection else { continue };
             let Some(websocket) = connection.websocket() else { continue };
             let authority = &websocket.admission.authority;
-            if database.is_some_and(|database| database != authority.database()) {
-                continue;
+            if authority.is_client() && database.is_none_or(|database| database == authority.database()) {
+                found.extend(self.describe(slot, connection));
             }
-            found.push(link::Connection {
-                id: connection.id,
-                address: connection.address.to_string(),
-                user_agent: websocket.admission.user_agent.to_string(),
-                subject: authority.subject().map(str::to_owned),
-                database: authority.database(),
-                channels: self.hub.subscribed(slot) as i64,
-                sent: self.hub.sent(slot),
-                queued: connection.socket.out.len() as i64,
-                age_ms: self.env.now.saturating_sub(connection.accepted) as i64,
-            });
         }
         found
     }

@@ -35,6 +35,10 @@ impl Reactor {
                 let database = asking.database.oid;
                 self.query(slot, database, question);
             }
+            Authority::Watcher { .. } => {
+                self.measuring.push(slot);
+                self.want_survey();
+            }
         }
     }
 
@@ -45,6 +49,7 @@ impl Reactor {
         let last = match waiting.wish {
             Wish::Missed { last } => return self.query(slot, database, Question::Missed { last }),
             Wish::Vacuum => return self.query(slot, database, Question::Vacuum),
+            Wish::Metrics => return,
             Wish::Notifications { .. } => waiting.subscribed(&channels),
         };
         self.hub.open(slot, database);
@@ -97,6 +102,12 @@ impl Reactor {
 
     /// The answer to a query has come.
     pub(super) fn told(&mut self, query: u64, answer: Answer) {
+        if let Some(front) = &mut self.front {
+            let jobs = if let Answer::Jobs(jobs) = &answer { Some(jobs.clone()) } else { None };
+            if front.surveys.told(query, jobs) {
+                return self.finish_survey();
+            }
+        }
         let Some(slot) = self.queries.remove(&query) else { return };
         let Some(connection) = self.get(slot).filter(|connection| connection.query == Some(query)) else { return };
         connection.query = None;
@@ -148,7 +159,7 @@ impl Reactor {
     }
 
     /// A waiting request gets its answer.
-    fn finish(&mut self, slot: Slot, answer: impl FnOnce(&Waiting) -> Said) {
+    pub(super) fn finish(&mut self, slot: Slot, answer: impl FnOnce(&Waiting) -> Said) {
         let Some(waiting) = self.get(slot).and_then(Connection::waiting) else { return };
         let (bytes, close, count) = answer(waiting);
         // Its subscription ends with the request.

@@ -69,6 +69,7 @@ impl Database {
             if self.is_overrun { "from a bookmark" } else { "from the gateway's position" }
         );
         self.reader = Reader::new(position.ring);
+        self.began = position.ring;
         self.intake.begin(position.ring, position.taken);
         let epoch = u64::try_from(worker::now()).unwrap_or(1);
         let mut tracker = Tracker::new(position, bus.holders(), epoch);

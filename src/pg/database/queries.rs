@@ -5,6 +5,7 @@ use crate::core::granted::Granted;
 use crate::core::link::{Answer, Event, Question};
 use crate::pg::authenticate;
 use crate::pg::bus;
+use crate::pg::jobs;
 use crate::pg::transaction::{self, Failure};
 use crate::pg::worker;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -29,6 +30,7 @@ impl Database {
                 let micros = |time: std::time::Duration| i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
                 Ok(Answer::Vacuum { last: self.pruned.map(micros), next: micros(next) })
             }
+            Question::Jobs => transaction::run(jobs::summary).map(Answer::Jobs),
             Question::Authenticate { headers, channels } => {
                 let told = authenticate::ask(&headers, &channels)?;
                 let granted = told.map(|text| Granted::parse(&text, &self.name)).transpose();

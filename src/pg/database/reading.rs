@@ -28,7 +28,7 @@ const PART: usize = 1 << 20;
 const FAR: i64 = 10_000;
 /// Rows found by a look, not in the ring, are told apart by the transaction that wrote them: numbers no ring gives.
 const UNANNOUNCED: u64 = 1 << 63;
-/// Ids of prepared transactions whose order is remembered; beyond that, and after a restart, they go by id.
+/// Ids of prepared transactions that are remembered; beyond that, and after a restart, the table is looked through.
 const PROMISES_MAX: usize = 1 << 17;
 /// Ample time for a committed transaction to append to the ring.
 const APPEND: Duration = Duration::from_millis(20);
@@ -83,7 +83,10 @@ impl Database {
                 self.look_for(numbers)?;
             }
             Next::Nothing if self.look_due => self.look()?,
-            Next::Nothing => return Ok(false),
+            Next::Nothing => {
+                self.committed = 0;
+                return Ok(false);
+            }
         }
         Ok(true)
     }
@@ -91,36 +94,66 @@ impl Database {
     /// Takes in what the ring has for this database.
     pub(super) fn drain(&mut self) {
         let Some(ring) = ring::get() else { return };
-        let (oid, intake) = (self.oid, &mut self.intake);
+        // Taken first: what it is of is in the ring by then, or comes in very soon.
+        let stamp = self.slot.take_stamp();
+        if self.committed == 0 && stamp != 0 {
+            self.committed = worker::since_1970(stamp);
+        }
+        let (oid, began, intake, unknown) = (self.oid, self.began, &mut self.intake, &mut self.unknown);
         let (mut promised, mut whole) = (Vec::new(), true);
         let read = self.reader.read(ring, |index, entry| {
             if entry.database == oid {
-                match entry.kind {
-                    Kind::Prepared => promised.push((entry.first, entry.last)),
-                    Kind::Overflow => whole = false,
-                    _ => {}
+                if let Some((range, number)) = entry.promise() {
+                    if index == began {
+                        // There may be more of it before.
+                        unknown.insert(number);
+                    }
+                    promised.push((range, number));
                 }
+                whole &= entry.kind != Kind::Overflow;
                 whole &= intake.push(index, entry);
             }
         });
         self.is_overrun |= !read || !whole;
-        for (first, last) in &promised {
-            self.remember(*first, *last);
+        for (range, number) in &promised {
+            self.remember(*range, *number);
         }
         if let (Some(tracker), Some(bus)) = (&mut self.tracker, &self.bus) {
-            promised.into_iter().for_each(|range| tracker.promised(range, || bus.holders()));
+            let mut holders = None;
+            for (range, _) in promised {
+                tracker.promised(range, || holders.get_or_insert_with(|| bus.holders()).clone());
+            }
         }
     }
 
-    /// In which order a prepared transaction has sent.
-    fn remember(&mut self, first: i64, last: i64) {
-        for id in first..=last {
-            if self.promises.len() >= PROMISES_MAX {
-                self.promises.clear();
-            }
-            self.promised += 1;
-            self.promises.insert(id, self.promised);
+    /// What a prepared transaction has sent, in order.
+    fn remember(&mut self, (first, last): (i64, i64), number: u32) {
+        let count = usize::try_from(last.abs_diff(first)).unwrap_or(usize::MAX).saturating_add(1);
+        if self.promised.saturating_add(count) > PROMISES_MAX {
+            self.promises.clear();
+            self.promised = 0;
+            // What was sent before is forgotten; the rest of a transaction is no use without it.
+            self.unknown.insert(number);
         }
+        if count <= PROMISES_MAX {
+            self.promised += count;
+            self.promises.entry(number).or_default().push((first, last));
+        }
+    }
+
+    /// The ids of a prepared transaction with these numbers, in the order of sending, if all of them are known.
+    fn promised(&mut self, numbers: &[u32]) -> Option<Vec<i64>> {
+        let mut ids = Vec::new();
+        for number in numbers {
+            if self.unknown.remove(number) {
+                return None;
+            }
+            for (first, last) in self.promises.remove(number).unwrap_or_default() {
+                ids.extend(first..=last);
+            }
+        }
+        self.promised = self.promised.saturating_sub(ids.len());
+        Some(ids).filter(|ids| !ids.is_empty())
     }
 
     /// Reads rows that the ring announced and hands them on. They are visible: their ids came after the commit.
@@ -184,6 +217,12 @@ impl Database {
     /// Looks for the rows of a transaction that was committed at this place in the order of commits: a prepared one, or
     /// one too long for the ring. They go in the order of sending, as far as that is remembered.
     fn look_for(&mut self, numbers: &[u32]) -> Result<(), Failure> {
+        let transaction = UNANNOUNCED | numbers.first().copied().map_or(0, u64::from);
+        if let Some(ids) = self.promised(numbers) {
+            let rows = transaction::run(|| self.same_table()?.among(&ids, Scope::All))?;
+            self.hand_on(rows.into_iter().map(|row| (row, transaction)).collect());
+            return Ok(());
+        }
         let (mut found, mut from) = (Vec::new(), None);
         loop {
             let (rows, next) = self.unannounced(from)?;
@@ -199,20 +238,11 @@ impl Database {
         if numbers.iter().any(|number| self.inherited.remove(number)) {
             found.extend(self.inherited_rows(numbers)?);
         }
-        let mut order: HashMap<i64, (u64, i64)> = HashMap::new();
-        if found.iter().any(|(row, _)| !self.promises.contains_key(&row.id)) {
-            // Prepared before this worker began, or more than it can remember.
-            let ids: Vec<i64> = found.iter().map(|(row, _)| row.id).collect();
-            let commands = transaction::run(|| self.same_table()?.commands(&ids))?;
-            order.extend(commands.into_iter().map(|(id, command)| (id, (0, command))));
-        } else {
-            order.extend(found.iter().filter_map(|(row, _)| Some((row.id, (*self.promises.get(&row.id)?, 0)))));
-        }
+        let mut order: HashMap<i64, i64> = HashMap::new();
+        // Prepared before this worker began, or more than it can remember: the commands tell the order.
+        let ids: Vec<i64> = found.iter().map(|(row, _)| row.id).collect();
+        order.extend(transaction::run(|| self.same_table()?.commands(&ids))?);
         found.sort_by_key(|(row, _)| (order.get(&row.id).copied().unwrap_or_default(), row.id));
-        for (row, _) in &found {
-            self.promises.remove(&row.id);
-        }
-        let transaction = UNANNOUNCED | numbers.first().copied().map_or(0, u64::from);
         self.hand_on(found.into_iter().map(|(row, _)| (row, transaction)).collect());
         Ok(())
     }
@@ -328,16 +358,24 @@ impl Database {
     }
 
     fn send_parts(&mut self, notifications: Vec<Notification>, start: &Position, end: Position) {
+        let committed = self.committed;
+        if self.intake.is_empty() {
+            self.committed = 0;
+        }
         let (mut part, mut bytes) = (Vec::new(), 0);
         for notification in notifications {
             bytes += notification.message.len();
             part.push(notification);
             if bytes > PART {
                 bytes = 0;
-                self.send(&Event::Dispatch { notifications: std::mem::take(&mut part), position: start.clone() });
+                self.send(&Event::Dispatch {
+                    notifications: std::mem::take(&mut part),
+                    position: start.clone(),
+                    committed,
+                });
             }
         }
-        self.send(&Event::Dispatch { notifications: part, position: end });
+        self.send(&Event::Dispatch { notifications: part, position: end, committed });
     }
 
     /// The greatest id that the sequence can have given out; asked for only when an id is far above the others.
