@@ -17,9 +17,9 @@ ISOLATION = $(shell scripts/regress_tests '$(bindir)/psql' specs)
 ISOLATION_OPTS = --inputdir=tests --outputdir='$(OUTPUTDIR)/isolation' --load-extension=imbus
 
 # Commands that must work before PostgreSQL is installed.
-ifneq (,$(filter run test lint unit setup soak bench,$(MAKECMDGOALS)))
+ifneq (,$(filter run test lint unit setup soak bench conformance fuzz,$(MAKECMDGOALS)))
 
-.PHONY: run test lint unit setup soak bench
+.PHONY: run test lint unit setup soak bench conformance fuzz
 setup:
 	scripts/setup
 run:
@@ -31,6 +31,12 @@ test:
 soak:
 	scripts/setup
 	scripts/soak
+conformance:
+	scripts/setup
+	scripts/conformance
+fuzz:
+	scripts/setup
+	scripts/fuzz
 lint:
 	scripts/lint
 unit:

@@ -194,6 +194,8 @@ impl Connection {
         match &mut self.stage {
             Stage::Http(_) => self.read_http(env),
             Stage::Open(websocket) => match websocket.read(&mut self.socket, env) {
+                #[cfg(feature = "testing")]
+                Heard::Text(text) if super::testing::echoes() => super::testing::echo(&mut self.socket, &text),
                 Heard::Text(text) => {
                     Counters::add(&env.counters.messages_received, 1);
                     let text = text.as_str().ok_or_else(|| "a binary message that is no UTF-8".to_owned());

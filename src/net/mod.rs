@@ -26,6 +26,8 @@ mod replays;
 mod socket;
 mod status;
 mod survey;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod timers;
 mod websocket;
 

@@ -85,6 +85,8 @@ impl Websocket {
             .write_buffer_size(0)
             .max_message_size(Some(MESSAGE_MAX))
             .max_frame_size(Some(MESSAGE_MAX));
+        #[cfg(feature = "testing")]
+        let config = super::testing::widened(config);
         let context = WebSocketContext::from_partially_read(rest, Role::Server, Some(config));
         let jitter = RandomState::new().hash_one(now) as u16;
         Websocket { context, admission, rate: VecDeque::new(), opened: now, jitter, heard: now, pinged: None }
@@ -106,6 +108,8 @@ impl Websocket {
             }
             match message {
                 Ok(Message::Text(text)) => return Heard::Text(Text::Utf8(text)),
+                #[cfg(feature = "testing")]
+                Ok(Message::Binary(bytes)) if super::testing::echoes() => return Heard::Text(Text::Bytes(bytes)),
                 // The connection check of Odoo's later clients (ODOO_BUS §12).
                 Ok(Message::Binary(bytes)) if bytes.as_ref() == [0] => {}
                 Ok(Message::Binary(bytes)) => return Heard::Text(Text::Bytes(bytes)),
