@@ -1,0 +1,17 @@
+//! Clients' messages: what is understood means the same when it is written anew. The first line is the database.
+
+use imbus::core::protocol::{self, Message};
+
+pub fn run(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (database, text) = text.split_once('\n').unwrap_or(("demo", text));
+    let _ = protocol::is_supported(text);
+    let full = protocol::parse(text, database, true);
+    let narrow = protocol::parse(text, database, false);
+    assert!(narrow.is_err() || narrow == full, "arrays only add to what is understood");
+    let Ok(Message::Subscribe { channels, last }) = full else { return };
+    assert!(last >= 0);
+    let names: Vec<String> = channels.iter().map(|channel| channel.stored(database)).collect();
+    let again = format!(r#"{{"event_name":"subscribe","data":{{"channels":[{}],"last":{last}}}}}"#, names.join(","));
+    assert_eq!(protocol::parse(&again, database, true), Ok(Message::Subscribe { channels, last }));
+}
