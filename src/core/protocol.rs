@@ -97,8 +97,8 @@ pub fn ping() -> Frame {
     frame(0x89, &[])
 }
 
-/// One whole unmasked frame; `first` is FIN and opcode.
-fn frame(first: u8, payload: &[u8]) -> Frame {
+/// One whole unmasked frame; `first` is FIN, the reserved bits and the opcode.
+pub fn frame(first: u8, payload: &[u8]) -> Frame {
     let mut bytes = head(first, payload.len());
     bytes.extend_from_slice(payload);
     bytes.into()

@@ -27,6 +27,8 @@ pub struct Settings {
     /// Origins accepted besides the request's own host (`https://odoo.example.com`, or `*` for any).
     pub allowed_origins: Vec<String>,
     pub max_connections: usize,
+    /// Whether compression is agreed to with clients that offer it, and what is sent to them compressed.
+    pub compression: bool,
     /// Bytes that may wait in one connection's outbound queue.
     pub send_queue_max: usize,
     /// Incoming frames allowed within `rate_limit_burst` × `rate_limit_delay`.

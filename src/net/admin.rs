@@ -86,10 +86,10 @@ pub fn live(request: &Request, _: &[u8], env: &Env) -> Answer {
         Err(response) => return Answer::Response(response),
     };
     match handshake::accept(request, env) {
-        Ok(response) => {
+        Ok((response, deflate)) => {
             let agent = auth::user_agent(request);
             let admission = Ok(Admission { authority: Authority::Watcher { until }, user_agent: agent });
-            Answer::Upgrade(Box::new(handshake::Upgrade { response, admission }))
+            Answer::Upgrade(Box::new(handshake::Upgrade { response, deflate, admission }))
         }
         Err(response) => Answer::Response(response),
     }

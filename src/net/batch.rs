@@ -1,6 +1,7 @@
 //! What one dispatch of a database worker brought, shared by all reactors. Each frame is encoded once, by the first
 //! reactor that has somebody to send it to, and not at all when nobody listens.
 
+use super::deflate::{self, Agreement};
 use crate::core::notification::Notification;
 use crate::core::protocol::{self, Frame};
 use std::ops::Range;
@@ -13,28 +14,35 @@ pub struct Batch {
     /// When the oldest of it was committed, in microseconds since 1970; 0 where nobody knows.
     pub committed: i64,
     notifications: Vec<Notification>,
-    runs: Vec<(Range<usize>, OnceLock<Frame>)>,
+    runs: Vec<(Range<usize>, Encoded)>,
+}
+
+/// A frame, and the same compressed where that is worth while; each made by whoever wants it first.
+#[derive(Default)]
+struct Encoded {
+    frame: OnceLock<Frame>,
+    twin: OnceLock<Option<Frame>>,
 }
 
 /// Notifications of one channel that share a frame.
 #[derive(Clone, Copy)]
 pub struct Run<'a> {
     pub notifications: &'a [Notification],
-    frame: &'a OnceLock<Frame>,
+    encoded: &'a Encoded,
 }
 
 impl Batch {
     /// Notifications of one database (its OID), in delivery order, the oldest committed then.
     pub fn new(database: u32, notifications: Vec<Notification>, committed: i64) -> Batch {
-        let runs = protocol::runs(&notifications, true).into_iter().map(|run| (run, OnceLock::new())).collect();
+        let runs = protocol::runs(&notifications, true).into_iter().map(|run| (run, Encoded::default())).collect();
         Batch { database, committed, notifications, runs }
     }
 
     /// The runs, in order.
     pub fn runs(&self) -> impl Iterator<Item = Run<'_>> {
-        self.runs.iter().map(|(range, frame)| {
+        self.runs.iter().map(|(range, encoded)| {
             let notifications = self.notifications.get(range.clone()).unwrap_or_default();
-            Run { notifications, frame }
+            Run { notifications, encoded }
         })
     }
 }
@@ -42,6 +50,17 @@ impl Batch {
 impl Run<'_> {
     /// The frame.
     pub fn frame(&self) -> &Frame {
-        self.frame.get_or_init(|| protocol::notifications_frame(self.notifications))
+        self.encoded.frame.get_or_init(|| protocol::notifications_frame(self.notifications))
+    }
+
+    /// The frame for a client with which this was agreed: compressed where that is worth while and it can read it.
+    pub fn frame_for(&self, agreement: Option<Agreement>) -> &Frame {
+        let frame = self.frame();
+        match agreement {
+            Some(agreement) if agreement.takes(frame) => {
+                self.encoded.twin.get_or_init(|| deflate::twin(frame)).as_ref().unwrap_or(frame)
+            }
+            _ => frame,
+        }
     }
 }

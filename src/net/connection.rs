@@ -307,7 +307,7 @@ impl Connection {
                 Served::Upgraded { consumed, upgrade } => {
                     let rest = http.buffer.get(consumed..).unwrap_or_default().to_vec();
                     self.socket.say(upgrade.response.into());
-                    self.socket.count_frames(&rest);
+                    let rest = self.socket.begin_frames(rest, upgrade.deflate);
                     return Some(match upgrade.admission {
                         Ok(admission) => {
                             self.stage = Stage::Open(Box::new(Websocket::new(admission, rest, env.now)));

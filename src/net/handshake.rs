@@ -5,6 +5,7 @@
 use super::Env;
 use super::auth::{self, Admission};
 use super::counters::{Counters, Rejection};
+use super::deflate::Agreement;
 use super::http::{Answer, Request, Response};
 use super::origin;
 use crate::core::protocol::{self, Close, CloseCode};
@@ -14,6 +15,8 @@ use std::sync::atomic::AtomicU64;
 pub struct Upgrade {
     /// The 101.
     pub response: Vec<u8>,
+    /// What was agreed on compressed messages.
+    pub deflate: Option<Agreement>,
     /// Who comes in, or why not.
     pub admission: Result<Admission, Close>,
 }
@@ -24,8 +27,8 @@ const REQUIRED: [&str; 6] = ["Connection", "Host", "Sec-WebSocket-Key", "Sec-Web
 /// Answers `GET /websocket`.
 pub fn answer(request: &Request, _: &[u8], env: &Env) -> Answer {
     let rejected: &AtomicU64 = &env.counters.handshakes_rejected;
-    let response = match accept(request, env) {
-        Ok(response) => response,
+    let (response, deflate) = match accept(request, env) {
+        Ok(accepted) => accepted,
         Err(response) => {
             Counters::add(rejected, 1);
             return Answer::Response(response);
@@ -36,20 +39,28 @@ pub fn answer(request: &Request, _: &[u8], env: &Env) -> Answer {
         Counters::add(rejected, 1);
         Rejection::of_close(close.code).into_iter().for_each(|why| env.counters.reject(why));
     }
-    Answer::Upgrade(Box::new(Upgrade { response, admission }))
+    Answer::Upgrade(Box::new(Upgrade { response, deflate, admission }))
 }
 
-/// The 101 to a request for a websocket.
+/// The 101 to a request for a websocket, and what is agreed on compressed messages.
 ///
 /// # Errors
 /// The answer to one that cannot become a websocket.
-pub fn accept(request: &Request, env: &Env) -> Result<Vec<u8>, Response> {
+pub fn accept(request: &Request, env: &Env) -> Result<(Vec<u8>, Option<Agreement>), Response> {
     let accept = tungstenite::handshake::derive_accept_key(check(request, env)?.as_bytes());
+    let deflate = agree(request, env);
+    let extensions = deflate.map(|agreement| format!("Sec-WebSocket-Extensions: {}\r\n", agreement.answer()));
+    let extensions = extensions.unwrap_or_default();
     let response = format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-         Sec-WebSocket-Accept: {accept}\r\n\r\n"
+         Sec-WebSocket-Accept: {accept}\r\n{extensions}\r\n"
     );
-    Ok(response.into_bytes())
+    Ok((response.into_bytes(), deflate))
+}
+
+/// What is agreed on compressed messages, if anything.
+fn agree(request: &Request, env: &Env) -> Option<Agreement> {
+    env.settings.compression.then(|| Agreement::accept(request.all("Sec-WebSocket-Extensions").flatten()))?
 }
 
 /// Checks the headers and returns the key.

@@ -12,6 +12,7 @@ mod batch;
 pub mod bridge;
 mod connection;
 pub mod counters;
+mod deflate;
 mod endpoints;
 mod front;
 mod handshake;

@@ -1,7 +1,8 @@
 //! One TCP socket as tungstenite sees it: reads come from the peer, a turn's worth at a time; writes go to the
 //! connection's outbound queue, so that tungstenite's pongs and closes and our own frames have one order and the socket
-//! one writer. Counts the frames that arrive, which tungstenite does not show.
+//! one writer. Counts the frames that arrive, which tungstenite does not show, and inflates what is compressed.
 
+use super::deflate::{Agreement, Fault, Inflow};
 use super::outbound::{Flow, Kind, Outbound};
 use crate::core::hub::Moment;
 use crate::core::protocol::Frame;
@@ -20,6 +21,8 @@ pub struct Socket {
     pub wants_write: bool,
     /// When bytes last went out.
     pub progress: Moment,
+    /// What was agreed on compressed messages.
+    pub deflate: Option<Agreement>,
     limit: usize,
     budget: usize,
     cut_short: bool,
@@ -29,6 +32,9 @@ pub struct Socket {
     counter: FrameCounter,
     frames: usize,
     received: usize,
+    /// Only where compressed messages may come.
+    inflow: Option<Box<Inflow>>,
+    fault: Option<Fault>,
 }
 
 impl Socket {
@@ -39,6 +45,7 @@ impl Socket {
             out: Outbound::default(),
             wants_write: false,
             progress: 0,
+            deflate: None,
             limit: usize::MAX,
             budget: 0,
             cut_short: false,
@@ -48,6 +55,8 @@ impl Socket {
             counter: FrameCounter::default(),
             frames: 0,
             received: 0,
+            inflow: None,
+            fault: None,
         }
     }
 
@@ -78,10 +87,25 @@ impl Socket {
         std::mem::take(&mut self.received)
     }
 
-    /// Begins to count frames; `already` was read before.
-    pub fn count_frames(&mut self, already: &[u8]) {
+    /// From now on frames come, compressed ones too if that was agreed. `already` was read before; returned is what of
+    /// it tungstenite does not get by reading.
+    pub fn begin_frames(&mut self, already: Vec<u8>, deflate: Option<Agreement>) -> Vec<u8> {
+        self.deflate = deflate;
         self.counter = FrameCounter::default();
-        self.frames = self.counter.feed(already);
+        self.frames = 0;
+        if deflate.is_none() {
+            self.frames = self.counter.feed(&already);
+            return already;
+        }
+        let mut inflow = Inflow::default();
+        inflow.feed(&already);
+        self.inflow = Some(Box::new(inflow));
+        Vec::new()
+    }
+
+    /// What was wrong with what is compressed.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault
     }
 
     /// From now on what tungstenite writes is dropped: our own close frame was the last word.
@@ -116,6 +140,7 @@ impl Socket {
 
     /// Reads and throws away. True at the end of the stream.
     pub fn drain(&mut self) -> io::Result<bool> {
+        self.inflow = None;
         let mut bytes = [0; 4096];
         loop {
             match self.read(&mut bytes) {
@@ -128,12 +153,18 @@ impl Socket {
     }
 }
 
-impl Read for Socket {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        if self.budget == 0 {
-            self.cut_short = true;
-            return Err(ErrorKind::WouldBlock.into());
+impl Socket {
+    fn check_budget(&mut self) -> io::Result<()> {
+        if self.budget > 0 {
+            return Ok(());
         }
+        self.cut_short = true;
+        Err(ErrorKind::WouldBlock.into())
+    }
+
+    /// Reads as the bytes come.
+    fn read_raw(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.check_budget()?;
         let count = loop {
             match self.tcp.read(bytes) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -143,6 +174,43 @@ impl Read for Socket {
         self.budget = self.budget.saturating_sub(count);
         self.heard |= count > 0;
         self.received += count;
+        Ok(count)
+    }
+
+    /// Reads what comes of the bytes. That counts against the budget too, so that a turn inflates one long message at
+    /// most.
+    fn read_inflated(&mut self, inflow: &mut Inflow, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match inflow.take(bytes) {
+                0 => self.check_budget()?,
+                count => return Ok(count),
+            }
+            if inflow.is_dry() {
+                let mut raw = [0; 4096];
+                let count = self.read_raw(&mut raw)?;
+                if count == 0 {
+                    return Ok(0);
+                }
+                inflow.feed(raw.get(..count).unwrap_or_default());
+            }
+            let step = inflow.step().map_err(|fault| {
+                self.fault = Some(fault);
+                ErrorKind::InvalidData
+            })?;
+            self.frames += step.frames;
+            self.budget = self.budget.saturating_sub(step.inflated);
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        if let Some(mut inflow) = self.inflow.take() {
+            let result = self.read_inflated(&mut inflow, bytes);
+            self.inflow = Some(inflow);
+            return result;
+        }
+        let count = self.read_raw(bytes)?;
         self.frames += self.counter.feed(bytes.get(..count).unwrap_or_default());
         Ok(count)
     }

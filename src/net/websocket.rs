@@ -2,6 +2,7 @@
 //! peer has been silent for too long. Decides how an open websocket ends; what a message means is the protocol's.
 
 use super::auth::Admission;
+use super::deflate::Fault;
 use super::socket::Socket;
 use super::{Env, millis};
 use crate::core::hub::Moment;
@@ -17,7 +18,7 @@ use tungstenite::{Bytes, Message};
 const READ_BUFFER: usize = 2048;
 
 /// The longest message, in bytes (ODOO_BUS §2).
-const MESSAGE_MAX: usize = 1 << 20;
+pub const MESSAGE_MAX: usize = 1 << 20;
 
 /// How long an answer to a ping may take, in milliseconds (ODOO_BUS §5).
 const PONG_WAIT: Moment = 15_000;
@@ -106,6 +107,9 @@ impl Websocket {
             if socket.has_overflowed() {
                 return Heard::Slow;
             }
+            if let Some(fault) = socket.fault() {
+                return Heard::Close(parting(fault));
+            }
             match message {
                 Ok(Message::Text(text)) => return Heard::Text(Text::Utf8(text)),
                 #[cfg(feature = "testing")]
@@ -188,6 +192,15 @@ impl Websocket {
             (None, 0) => Moment::MAX,
             (None, interval) => self.heard.saturating_add(interval),
         }
+    }
+}
+
+/// How a websocket ends on a fault in what is compressed.
+fn parting(fault: Fault) -> Close {
+    match fault {
+        Fault::Nested => Close::new(CloseCode::Protocol, "a message inside another one"),
+        Fault::Broken => Close::new(CloseCode::BadText, "a message that cannot be inflated"),
+        Fault::TooBig => Close::new(CloseCode::TooBig, ""),
     }
 }
 

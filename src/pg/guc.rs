@@ -23,6 +23,8 @@ static EMIT_NOTIFY: GucSetting<bool> = GucSetting::<bool>::new(true);
 /// Odoo's own retention in later 18.0 versions (ODOO_BUS section 12).
 static GC_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(24 * 3600);
 static MAX_CONNECTIONS: GucSetting<i32> = GucSetting::<i32>::new(20_000);
+/// Costs the gateway more than it saves it (docs/benchmarks.md): for where the network is what is dear.
+static COMPRESSION: GucSetting<bool> = GucSetting::<bool>::new(false);
 static SEND_QUEUE_MAX: GucSetting<i32> = GucSetting::<i32>::new(1 << 20);
 static RATE_LIMIT_BURST: GucSetting<i32> = GucSetting::<i32>::new(10);
 static RATE_LIMIT_DELAY: GucSetting<i32> = GucSetting::<i32>::new(200);
@@ -38,6 +40,14 @@ type Integer = (&'static CStr, &'static CStr, &'static GucSetting<i32>, i32, i32
 pub fn define(preloaded: bool) {
     define_integers(preloaded);
     define_texts(preloaded);
+    GucRegistry::define_bool_guc(
+        c"imbus.compression",
+        c"Compresses messages for clients that offer permessage-deflate.",
+        c"",
+        &COMPRESSION,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
     GucRegistry::define_bool_guc(
         c"imbus.emit_notify",
         c"Emits NOTIFY imbus on behalf of writers, for Odoo processes that still listen.",
@@ -247,6 +257,7 @@ pub fn settings() -> Settings {
         token_secret: token_secret(),
         allowed_origins: words(&text(&ALLOWED_ORIGINS)),
         max_connections: positive(&MAX_CONNECTIONS) as usize,
+        compression: COMPRESSION.get(),
         send_queue_max: positive(&SEND_QUEUE_MAX) as usize,
         rate_limit_burst: u32::try_from(RATE_LIMIT_BURST.get()).unwrap_or(1),
         rate_limit_delay: Duration::from_millis(positive(&RATE_LIMIT_DELAY)),

@@ -45,6 +45,7 @@ pub fn settings() -> Settings {
         token_secret: SECRET.to_vec(),
         allowed_origins: Vec::new(),
         max_connections: 1000,
+        compression: true,
         send_queue_max: 1 << 20,
         rate_limit_burst: 1000,
         rate_limit_delay: Duration::from_millis(200),

@@ -18,6 +18,7 @@ fn env() -> Env {
         token_secret: SECRET.to_vec(),
         allowed_origins: vec!["*".to_owned()],
         max_connections: 1,
+        compression: true,
         send_queue_max: 100,
         rate_limit_burst: 10,
         rate_limit_delay: Duration::from_millis(200),

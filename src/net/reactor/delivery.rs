@@ -10,6 +10,7 @@ use crate::net::batch::Batch;
 use crate::net::bridge::{LogLevel, Note};
 use crate::net::connection::Connection;
 use crate::net::counters::Counters;
+use crate::net::deflate::Agreement;
 use crate::net::outbound::Kind;
 use std::sync::atomic::Ordering;
 
@@ -116,7 +117,10 @@ impl Reactor {
             }
             for slot in &receivers {
                 match self.get(*slot).and_then(Connection::waiting) {
-                    None => self.send(*slot, run.frame()),
+                    None => {
+                        let agreement = self.agreement(*slot);
+                        self.send(*slot, run.frame_for(agreement));
+                    }
                     Some(waiting) => {
                         if !waiting.has_found() {
                             answerable.push(*slot);
@@ -128,6 +132,11 @@ impl Reactor {
             self.receivers = receivers;
         }
         answerable.into_iter().for_each(|slot| self.answer_found(slot));
+    }
+
+    /// What is agreed with a connection on compressed messages, while the setting says so.
+    fn agreement(&mut self, slot: Slot) -> Option<Agreement> {
+        if self.env.settings.compression { self.get(slot)?.socket.deflate } else { None }
     }
 
     /// Puts a live frame into a connection's queue, or closes the connection when it reads too slowly.
