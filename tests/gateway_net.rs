@@ -3,6 +3,7 @@
 
 mod gateway;
 
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress};
 use gateway::*;
 use imbus::core::link::{Command, Connection, Event, VERSION};
 use imbus::core::notification::Notification;
@@ -1010,4 +1011,211 @@ fn hear(gateway: &Gateway, number: i64, last: i64) {
             }
         }
     }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Compression
+
+const OFFER: &str = "permessage-deflate; client_max_window_bits";
+
+/// Deflated, without the end of the flush (RFC 7692 section 7.2.1).
+fn deflated(text: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len() + 100);
+    Compress::new(Compression::new(9), false).compress_vec(text, &mut bytes, FlushCompress::Sync).unwrap();
+    bytes.truncate(bytes.len() - 4);
+    bytes
+}
+
+/// A frame of a client, masked with zeros.
+fn raw_frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![first];
+    match payload.len() {
+        length @ ..126 => bytes.push(0x80 | length as u8),
+        length => {
+            bytes.push(0xff);
+            bytes.extend((length as u64).to_be_bytes());
+        }
+    }
+    bytes.extend([0; 4]);
+    bytes.extend(payload);
+    bytes
+}
+
+impl Client {
+    fn write(&mut self, bytes: &[u8]) {
+        self.socket.get_mut().write_all(bytes).unwrap();
+    }
+
+    /// The first byte of the next frame, and its payload, inflated if need be.
+    fn raw(&mut self) -> (u8, Vec<u8>) {
+        let tcp = self.socket.get_mut();
+        let mut read = |length: u64| {
+            let mut bytes = vec![0; length as usize];
+            tcp.read_exact(&mut bytes).unwrap();
+            bytes
+        };
+        let head = read(2);
+        let length = match head[1] {
+            126 => u64::from(u16::from_be_bytes(read(2).try_into().unwrap())),
+            127 => u64::from_be_bytes(read(8).try_into().unwrap()),
+            length => u64::from(length),
+        };
+        let mut payload = read(length);
+        if head[0] & 0x40 == 0 {
+            return (head[0], payload);
+        }
+        payload.extend([0, 0, 0xff, 0xff]);
+        let mut text = Vec::with_capacity(1 << 20);
+        Decompress::new(false).decompress_vec(&payload, &mut text, FlushDecompress::Sync).unwrap();
+        (head[0], text)
+    }
+
+    /// The code of the close that comes next.
+    fn raw_close(&mut self) -> u16 {
+        let (first, payload) = self.raw();
+        assert_eq!(first, 0x88);
+        u16::from_be_bytes([payload[0], payload[1]])
+    }
+}
+
+impl Gateway {
+    /// A client that offers this.
+    fn offering(&self, offer: &str) -> Client {
+        let query = format!("?version=18.0-2&token={}", token(DEMO, "demo"));
+        self.open(&query, &[("User-Agent", "test"), ("Sec-WebSocket-Extensions", offer)])
+    }
+}
+
+/// One long notification.
+fn long(id: i64) -> Notification {
+    let message = format!(r#"{{"type":"t","payload":"{}"}}"#, "a long message, ".repeat(200));
+    Notification { id, channel: channel("a"), message: message.into() }
+}
+
+#[test]
+fn compression_is_agreed_to_where_the_setting_and_the_offer_allow_it() {
+    let ask = |gateway: &Gateway, offer: &str| {
+        let host = format!("127.0.0.1:{}", gateway.port);
+        let origin = format!("http://{host}");
+        let headers = [("Origin", origin.as_str()), ("Sec-WebSocket-Extensions", offer)];
+        let answer = gateway.http(&upgrade_request(&host, &headers, "Connection: Upgrade"));
+        assert!(answer.starts_with("HTTP/1.1 101 "));
+        let line = answer.lines().find_map(|line| line.strip_prefix("Sec-WebSocket-Extensions: "));
+        line.map(str::to_owned)
+    };
+    let on = Gateway::new();
+    let both = "permessage-deflate; server_no_context_takeover; client_no_context_takeover";
+    assert_eq!(ask(&on, OFFER).as_deref(), Some(both));
+    assert_eq!(
+        ask(&on, "permessage-deflate; server_max_window_bits=9").unwrap(),
+        format!("{both}; server_max_window_bits=9")
+    );
+    assert_eq!(ask(&on, "permessage-deflate; server_max_window_bits=99"), None);
+    let off = Gateway::with(Settings { compression: false, ..settings() });
+    assert_eq!(ask(&off, OFFER), None);
+}
+
+#[test]
+fn compressed_messages_go_both_ways_beside_clients_that_want_none() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut plain = gateway.subscribed(&mut worker, r#"["a"]"#);
+    let mut packed = [gateway.offering(OFFER), gateway.offering(OFFER)];
+    let mut narrow = gateway.offering("permessage-deflate; server_max_window_bits=8");
+    for client in packed.iter_mut().chain([&mut narrow]) {
+        let bytes = deflated(subscribe(r#"["a"]"#, 0).as_bytes());
+        let (one, two) = bytes.split_at(7);
+        client.write(&[raw_frame(0x41, one), raw_frame(0x89, b"p"), raw_frame(0x80, two)].concat());
+        worker.answer(&[]);
+        assert_eq!(client.raw(), (0x8a, b"p".to_vec()));
+    }
+    worker.dispatch(&[notification(1, "a"), long(2)]);
+    worker.dispatch(&[notification(3, "a")]);
+    let mut expected = || plain.socket.read().unwrap().into_data().to_vec();
+    let (first, second) = (expected(), expected());
+    assert!(first.len() > 3000);
+    for client in &mut packed {
+        assert_eq!(
+            (client.raw(), client.raw()),
+            ((0xc1, first.clone()), (0x81, second.clone())),
+            "short stays as it is"
+        );
+    }
+    assert_eq!((narrow.raw(), narrow.raw()), ((0x81, first), (0x81, second)), "longer than its window");
+}
+
+#[test]
+fn what_is_sent_compressed_along_with_the_handshake_is_heard() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let query = format!("?version=18.0-2&token={}", token(DEMO, "demo"));
+    let host = format!("127.0.0.1:{}", gateway.port);
+    let headers = [("Origin", format!("http://{host}")), ("Sec-WebSocket-Extensions", OFFER.to_owned())];
+    let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let request = upgrade_request(&host, &headers, "Connection: Upgrade");
+    let request = request.replacen("/websocket", &format!("/websocket{query}"), 1);
+    let message = raw_frame(0xc1, &deflated(subscribe(r#"["a"]"#, 7).as_bytes()));
+    let mut tcp = gateway.tcp();
+    tcp.write_all(&[request.as_bytes(), &message].concat()).unwrap();
+    let (_, channels, last) = worker.recover();
+    assert_eq!((channels, last), (vec![channel("a")], 7));
+}
+
+#[test]
+fn compression_that_is_turned_off_ends_for_open_connections_too() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut client = gateway.offering(OFFER);
+    client.write(&raw_frame(0xc1, &deflated(subscribe(r#"["a"]"#, 0).as_bytes())));
+    worker.answer(&[]);
+    worker.dispatch(&[long(1)]);
+    assert_eq!(client.raw().0, 0xc1);
+    gateway.net().send(ToNet::Settings(Arc::new(Settings { compression: false, ..settings() })));
+    let mut newer = gateway.offering(OFFER);
+    newer.subscribe(r#"["b"]"#, 0);
+    worker.answer(&[]);
+    worker.dispatch(&[long(2)]);
+    assert_eq!(client.raw().0, 0x81);
+    client.write(&raw_frame(0xc1, &deflated(subscribe(r#"["a","c"]"#, 0).as_bytes())));
+    worker.answer(&[]);
+}
+
+#[test]
+fn a_hostile_compressed_message_closes_its_connection_and_no_other() {
+    let gateway = Gateway::new();
+    let mut worker = gateway.worker();
+    let mut other = gateway.subscribed(&mut worker, r#"["a"]"#);
+    let begun = raw_frame(0x41, &deflated(b"{}"));
+    let bomb = deflated(&vec![b' '; 16 << 20]);
+    for (bytes, code) in [
+        (raw_frame(0xc1, b"\x07"), 1007),
+        (raw_frame(0xc1, &deflated(b"cut short, cut short")[..9]), 1007),
+        (raw_frame(0xc1, &deflated(b"\xff\xfe")), 1007),
+        (raw_frame(0xc1, &bomb), 1009),
+        (raw_frame(0x41, &bomb), 1009),
+        (vec![0xc1, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0], 1009),
+        (raw_frame(0xc9, b""), 1002),
+        (raw_frame(0xc0, b""), 1002),
+        (raw_frame(0xe1, b""), 1002),
+        (raw_frame(0xa1, b""), 1002),
+        (vec![0xc1, 1, 0], 1002),
+        ([&begun[..], &raw_frame(0xc0, b"")].concat(), 1002),
+        ([&begun[..], &raw_frame(0x81, b"{}")].concat(), 1002),
+        ([raw_frame(0x01, b"{}"), begun.clone()].concat(), 1002),
+    ] {
+        let mut client = gateway.offering(OFFER);
+        client.write(&bytes);
+        assert_eq!(client.raw_close(), code, "{:?}", &bytes[..bytes.len().min(20)]);
+    }
+    worker.dispatch(&notifications(&[(1, "a")]));
+    assert_eq!(other.ids(), [1]);
+}
+
+#[test]
+fn compressed_frames_count_like_others() {
+    let gateway = Gateway::with(Settings { rate_limit_burst: 10, ..settings() });
+    let mut client = gateway.offering(OFFER);
+    let frames = [vec![raw_frame(0x41, b"")], vec![raw_frame(0, b""); 10]].concat();
+    client.write(&frames.concat());
+    assert_eq!(client.raw_close(), 1013);
 }

@@ -64,3 +64,41 @@ impl Run<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::channel::Channel;
+    use std::sync::Arc;
+
+    fn batch(text: &str) -> Batch {
+        let message = format!("\"{text}\"").into();
+        Batch::new(1, vec![Notification { id: 1, channel: Channel::plain("a").unwrap(), message }], 0)
+    }
+
+    fn agreement(offer: &str) -> Option<Agreement> {
+        Agreement::accept([offer].into_iter())
+    }
+
+    #[test]
+    fn a_frame_is_made_and_compressed_once_for_all() {
+        let batch = batch(&"a long message, ".repeat(1000));
+        let run = batch.runs().next().unwrap();
+        let wide = agreement("permessage-deflate; server_max_window_bits=15");
+        assert!(run.encoded.twin.get().is_none());
+        assert!(Arc::ptr_eq(run.frame_for(None), run.frame()));
+        assert!(run.encoded.twin.get().is_none(), "nobody has wanted it");
+        let twin = run.frame_for(wide).clone();
+        assert!(twin.len() < run.frame().len() / 10);
+        let again = batch.runs().next().unwrap();
+        assert!(Arc::ptr_eq(again.frame_for(agreement("permessage-deflate")), &twin));
+        assert!(Arc::ptr_eq(again.frame_for(agreement("permessage-deflate; server_max_window_bits=9")), run.frame()));
+    }
+
+    #[test]
+    fn a_short_frame_stays_as_it_is() {
+        let batch = batch("short");
+        let run = batch.runs().next().unwrap();
+        assert!(Arc::ptr_eq(run.frame_for(agreement("permessage-deflate")), run.frame()));
+    }
+}

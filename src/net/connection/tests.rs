@@ -53,13 +53,18 @@ fn read(connection: &mut Connection, env: &Env) -> Turn {
 }
 
 fn open(env: &Env, expires_in: i64) -> (Connection, std::net::TcpStream) {
+    open_with(env, expires_in, "")
+}
+
+/// With further headers.
+fn open_with(env: &Env, expires_in: i64, headers: &str) -> (Connection, std::net::TcpStream) {
     let exp = env.unix_ms / 1000 + expires_in;
     let claims = Claims { db: "demo".to_owned(), oid: 5, channels: Grant::All, iat: 0, exp, sub: None, admin: false };
     let (mut connection, mut client) = pair(env);
     let token = sign(&claims, SECRET).unwrap();
     let request = format!(
         "GET /websocket?token={token} HTTP/1.1\r\nHost: x\r\nOrigin: x\r\nUpgrade: websocket\r\n\
-         Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+         Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n"
     );
     client.write_all(request.as_bytes()).unwrap();
     assert!(matches!(read(&mut connection, env), Turn::Opened));
@@ -185,6 +190,26 @@ fn frames_are_limited_to_a_burst_in_any_two_seconds() {
     env.now -= 1;
     client.write_all(&text).unwrap();
     assert!(matches!(read(&mut connection, &env), Turn::Closing), "1,999 ms after the one ten places earlier");
+}
+
+#[test]
+fn a_turn_inflates_one_long_message_at_most() {
+    use flate2::{Compress, Compression, FlushCompress};
+    let env = env();
+    let (mut connection, mut client) = open_with(&env, 1_000, "Sec-WebSocket-Extensions: permessage-deflate\r\n");
+    let mut bytes = Vec::with_capacity(4096);
+    let text = vec![b' '; 1 << 20];
+    Compress::new(Compression::best(), false).compress_vec(&text, &mut bytes, FlushCompress::Sync).unwrap();
+    bytes.truncate(bytes.len() - 4);
+    let length = (bytes.len() as u16).to_be_bytes();
+    let message = [&[0xc1, 0xfe][..], &length, &[0; 4], &bytes].concat();
+    client.write_all(&message.repeat(2)).unwrap();
+    for _ in 0..2 {
+        assert!(matches!(read(&mut connection, &env), Turn::Ignored(_)));
+        assert!(matches!(connection.read(&env), Turn::Again), "whatever waits, the others have their turn");
+    }
+    connection.socket.begin_turn(100);
+    assert!(matches!(connection.read(&env), Turn::Wait));
 }
 
 fn got_101(client: &mut std::net::TcpStream) -> bool {
