@@ -70,7 +70,7 @@ impl Feeder {
         let high = notifications.iter().map(|notification| notification.id).max().unwrap_or_default();
         let position = Position { table: 1, high, ..Position::default() };
         line.dispatched.extend(notifications.iter().map(|one| (one.id, one.channel.clone())));
-        line.tell(&Event::Dispatch { notifications: notifications.to_vec(), position });
+        line.tell(&Event::Dispatch { notifications: notifications.to_vec(), position, committed: 0 });
     }
 }
 

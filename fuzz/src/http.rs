@@ -16,6 +16,10 @@ pub fn run(data: &[u8]) {
     let whole = world().visit([bytes]).expect("a pair of sockets");
     assert!(whole.gone, "a connection ends with its client");
     responses(&whole.sent);
+    // Whether a client is told to go on depends on what has come by then.
+    if bytes.to_ascii_lowercase().windows(12).any(|word| word == b"100-continue") {
+        return;
+    }
     assert_eq!(world().visit(cut(bytes, *how)).expect("a pair of sockets"), whole);
 }
 
@@ -30,13 +34,17 @@ fn head(bytes: &[u8], how: u8) {
     }
     match &whole {
         Head::Partial => {}
-        Head::Answered { consumed, body, .. } => assert!(*consumed <= bytes.len() && *body <= 1 << 20),
+        Head::Answered { consumed, skip, .. } => assert!(*consumed <= bytes.len() && *skip <= 1 << 20),
+        Head::Asked { consumed } => assert!(*consumed <= bytes.len()),
         Head::Upgraded { consumed, response, .. } => {
             assert!(*consumed <= bytes.len() && response.starts_with(b"HTTP/1.1 101 "));
         }
     }
     let refused = world().head(bytes, true);
-    assert!(!matches!(refused, Head::Upgraded { .. } | Head::Answered { close: false, .. }), "nobody is let in");
+    assert!(
+        !matches!(refused, Head::Upgraded { .. } | Head::Asked { .. } | Head::Answered { close: false, .. }),
+        "nobody is let in"
+    );
 }
 
 /// What was sent is a row of whole responses; after one that closes there is none, after a 101 come frames.

@@ -35,6 +35,7 @@ pub fn world() -> &'static World {
             token_secret: SECRET.to_vec(),
             allowed_origins: vec!["http://allowed".to_owned()],
             max_connections: 10,
+            compression: true,
             send_queue_max: 1 << 20,
             rate_limit_burst: 0,
             rate_limit_delay: Duration::ZERO,

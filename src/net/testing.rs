@@ -7,7 +7,6 @@ use super::http::{self, Served};
 use super::outbound::Flow;
 use super::socket::Socket;
 use super::websocket::Text;
-use crate::core::channel::Channel;
 use crate::core::protocol::Frame;
 use crate::core::settings::{Database, Settings};
 use mio::net::TcpStream;
@@ -82,9 +81,13 @@ pub enum Head {
     Partial,
     Answered {
         consumed: usize,
-        body: usize,
+        skip: usize,
         response: Vec<u8>,
         close: bool,
+    },
+    /// Somebody else has to be asked.
+    Asked {
+        consumed: usize,
     },
     /// With the response, and whether the client was let in.
     Upgraded {
@@ -104,9 +107,10 @@ impl World {
 
     /// What the HTTP side makes of a connection's bytes.
     pub fn head(&self, bytes: &[u8], refused: bool) -> Head {
-        match http::serve(bytes, &self.env, refused) {
-            Served::Partial => Head::Partial,
-            Served::Answered { consumed, body, response, close } => Head::Answered { consumed, body, response, close },
+        match http::serve(bytes, Ipv4Addr::LOCALHOST.into(), &self.env, refused) {
+            Served::Partial { .. } => Head::Partial,
+            Served::Answered { consumed, skip, response, close } => Head::Answered { consumed, skip, response, close },
+            Served::Asked { consumed, .. } => Head::Asked { consumed },
             Served::Upgraded { consumed, upgrade } => {
                 let admitted = upgrade.admission.is_ok();
                 Head::Upgraded { consumed, response: upgrade.response, admitted }
@@ -145,7 +149,11 @@ pub struct Visit {
 /// What a websocket asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Heard {
-    Subscribe { channels: Vec<Channel>, last: i64 },
+    /// With the JSON text of the channels.
+    Subscribe {
+        channels: String,
+        last: i64,
+    },
     Ignored(String),
 }
 
@@ -191,7 +199,8 @@ impl Visitor {
             match self.connection.read(env) {
                 Turn::Wait => break false,
                 Turn::Again => break true,
-                Turn::Done | Turn::Closing => {}
+                // Nobody answers what is asked here.
+                Turn::Done | Turn::Closing | Turn::Asked | Turn::Waited => {}
                 Turn::Opened => self.visit.opened = true,
                 Turn::Subscribe { channels, last } => self.visit.heard.push(Heard::Subscribe { channels, last }),
                 Turn::Ignored(reason) => self.visit.heard.push(Heard::Ignored(reason)),

@@ -23,6 +23,7 @@ fn settings() -> Settings {
         token_secret: SECRET.to_vec(),
         allowed_origins: vec!["*".to_owned()],
         max_connections: 100,
+        compression: true,
         send_queue_max: 1 << 20,
         rate_limit_burst: 0,
         rate_limit_delay: Duration::ZERO,
@@ -49,6 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         databases: Arc::new(vec![Database { oid: 5, name: "demo".to_owned() }]),
         link_path: link_path.clone(),
         wake_main: Box::new(|| {}),
+        census: Box::new(Vec::new),
     })?;
     loop {
         match net.receiver().recv()? {
