@@ -4,8 +4,8 @@
 //   npm ci --prefix tests/page
 //   IMBUS_URL=http://127.0.0.1:8072/imbus npm test --prefix tests/page
 //
-// IMBUS_URL     the page of a running gateway; http://127.0.0.1:8072/imbus if not set. With ?token=, the page passes the
-//               token on. Without traffic the figures that move are the gateway's uptime and clock, and that is enough.
+// IMBUS_URL     the page of a running gateway; http://127.0.0.1:8072/imbus if not set. With ?token=, the page passes
+//               the token on. Without traffic the figures that move are the gateway's uptime and clock, and that is enough.
 // SCREENSHOTS   a directory: the page as it then is, dark, light and narrow, is written there as page-*.png.
 // SETTLE        seconds to watch before those screenshots are taken, so that the plots have something to show.
 // CHROMIUM      the browser; /usr/bin/chromium if not set.
@@ -40,14 +40,14 @@ async function until(page, what, condition, argument) {
     const result = await page.evaluate(condition, argument);
     if (result) return result;
     if (Date.now() > end) {
-      const seen = await page.evaluate(() => document.body.dataset.state + '\n' + document.body.innerText.slice(0, 1500));
+      const seen = await page.evaluate(() => `${document.body.dataset.state}: ${document.body.innerText.slice(0, 1500)}`);
       assert.fail(`waited in vain until ${what}; the page says: ${seen}`);
     }
     await new Promise((done) => setTimeout(done, 100));
   }
 }
 
-/** A page and what it did that it must not: errors, and requests to others. `feed` is put in the place of the gateway's. */
+/** A page and what it did that it must not: errors, requests to others. `feed` takes the place of the gateway's. */
 async function open(t, options = {}, feed = null) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 1000 }, ...options });
   t.after(() => context.close());
@@ -74,7 +74,8 @@ const live = (page, samples = 1) => until(page, 'the page is live', (least) =>
   document.body.dataset.state === 'live' && Number(document.body.dataset.samples) >= least, samples);
 const textOf = (page, selector) => page.evaluate((one) => document.querySelector(one)?.textContent ?? null, selector);
 const figure = (page, label) => page.evaluate((wanted) => {
-  const box = [...document.querySelectorAll('#figures > div')].find((one) => one.querySelector('dt').textContent === wanted);
+  const boxes = [...document.querySelectorAll('#figures > div')];
+  const box = boxes.find((one) => one.querySelector('dt').textContent === wanted);
   return box?.querySelector('.value').textContent.trim() ?? null;
 }, label);
 
@@ -118,7 +119,8 @@ test('while it is paused nothing moves, and then it goes on', async (t) => {
   const { page, faults } = await open(t);
   await live(page, 2);
   await page.getByRole('button', { name: 'Pause' }).click();
-  const [held, samples] = await page.evaluate(() => [document.querySelector('#uptime').textContent, Number(document.body.dataset.samples)]);
+  const held = await textOf(page, '#uptime');
+  const samples = await page.evaluate(() => Number(document.body.dataset.samples));
   await until(page, 'more came', (before) => Number(document.body.dataset.samples) >= before + 2, samples);
   assert.equal(await textOf(page, '#uptime'), held);
   await page.getByRole('button', { name: 'Pause' }).click();
@@ -140,7 +142,10 @@ test('a lost connection is said, and made again', async (t) => {
 
 test('who is refused is told what to do, and the page does not try for ever', async (t) => {
   let tries = 0;
-  const { page } = await open(t, {}, (socket) => { tries += 1; socket.close({ code: 4401, reason: 'token expired' }); });
+  const { page } = await open(t, {}, (socket) => {
+    tries += 1;
+    socket.close({ code: 4401, reason: 'token expired' });
+  });
   await until(page, 'the page says so', () => document.body.dataset.state === 'denied');
   assert.match(await textOf(page, '#banner'), /401.*token expired.*http:\/\/127\.0\.0\.1:\d+\/imbus.*\?token=/s);
   assert.equal(tries, 1);
@@ -171,13 +176,19 @@ test('hostile strings are text, and what is missing is a dash', async (t) => {
   const evil = '<img src=x onerror=alert(1)><script>alert(2)</script>';
   const { page, faults } = await open(t, {}, (one) => { socket = one; });
   await until(page, 'the page has connected', () => document.body.dataset.state === 'connecting');
-  for (const nonsense of ['', '[]', 'null', '7', '{"gateway": 1, "databases": {}, "latency": []', '\u0000']) socket.send(nonsense);
-  socket.send(JSON.stringify({ now: 1_799_999_999_000, gateway: 'x', latency: { le_ms: 'x', counts: [null] }, databases: [null, 1, {}], slow: {}, queues: [[]] }));
+  for (const nonsense of ['', '[]', 'null', '7', '{"gateway": 1, "databases"', '\u0000']) socket.send(nonsense);
+  socket.send(JSON.stringify({
+    now: 1_799_999_999_000, gateway: 'x', latency: { le_ms: 'x', counts: [null] }, databases: [null, 1, {}], slow: {},
+    queues: [[]],
+  }));
   socket.send(JSON.stringify(message(0, {
     version: evil,
     gateway: { rejected: { [evil]: 1, __proto__x: 2, constructor: 3 } },
-    databases: [{ oid: 1, name: evil, state: evil, dispatched_total: 'x' }, { oid: evil }, {}],
-    slow: [{ id: evil, database: evil, address: evil, subject: '\u202Eabc\u0000', user_agent: evil.repeat(5000), queued: -1 }, {}],
+    databases: [{ oid: 1, name: evil, state: evil, dispatched_total: 'x' }, { oid: evil, state: 'constructor' }, {}],
+    slow: [
+      { id: evil, database: evil, address: evil, subject: '\u202Eabc\u0000', user_agent: evil.repeat(5000), queued: -1 },
+      {},
+    ],
     queues: [{ database: evil, queue: evil, waiting: evil }],
     failed_jobs: [{ database: evil, id: evil, name: evil, error: evil, at: 1e300 }, { at: 'x' }],
   })));
@@ -205,7 +216,8 @@ for (const [name, options] of Object.entries({
     const { page, faults } = await open(t, options);
     await live(page, 1 + Number(process.env.SCREENSHOTS ? process.env.SETTLE ?? 0 : 0));
     assert.equal(await page.evaluate(() => document.documentElement.dataset.theme), options.colorScheme);
-    assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), page.viewportSize().width, 'scrolls sideways');
+    const width = await page.evaluate(() => document.documentElement.scrollWidth);
+    assert.equal(width, page.viewportSize().width, 'it scrolls sideways');
     const directory = process.env.SCREENSHOTS;
     if (directory) {
       await mkdir(directory, { recursive: true });
@@ -235,14 +247,13 @@ test('the keyboard reads the plots and sorts the tables', async (t) => {
   for (let i = 0; i < 9; i += 1) {
     socket.send(JSON.stringify(message(i, { queues, gateway: { ...message(i).gateway, connections: 100 + i } })));
   }
-  const shown = () => page.evaluate(() => document.querySelector('figure .legend b').textContent);
-  await until(page, 'the last shows', () => document.querySelector('figure .legend b').textContent === '108');
+  const shown = 'figure .legend b';
+  await until(page, 'the last shows', (value) => document.querySelector(value).textContent === '108', shown);
   await page.locator('figure').first().focus();
   for (let i = 0; i < 2; i += 1) await page.keyboard.press('ArrowLeft');
-  await until(page, 'an earlier moment shows', () => Number(document.querySelector('figure .legend b').textContent) < 108);
+  await until(page, 'an earlier one shows', (value) => Number(document.querySelector(value).textContent) < 108, shown);
   await page.keyboard.press('Escape');
-  await until(page, 'the last shows again', () => document.querySelector('figure .legend b').textContent === '108');
-  assert.equal(await shown(), '108');
+  await until(page, 'the last shows again', (value) => document.querySelector(value).textContent === '108', shown);
   await page.getByRole('button', { name: 'Waiting' }).focus();
   await page.keyboard.press('Enter');
   const order = await page.getByRole('table', { name: 'Queues' }).locator('tbody td:nth-child(2)').allTextContents();
