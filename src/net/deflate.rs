@@ -13,11 +13,11 @@ pub use inflow::{Fault, Inflow};
 /// The extension's name.
 const NAME: &str = "permessage-deflate";
 
-/// Texts shorter than this, in bytes, go out as they are: compressing would cost more than the few bytes it saves
+/// Texts shorter than this, in bytes, go out as they are: in one packet either way, and little would be saved
 /// (docs/benchmarks.md).
 const WORTHWHILE: usize = 1024;
 
-/// How hard to compress. The next level takes twice the time for a sixth off what is left (docs/benchmarks.md).
+/// How hard to compress. The next level takes twice the time for a fifth off what is left (docs/benchmarks.md).
 const LEVEL: u32 = 1;
 
 /// Ends what a flush has written and is not sent (RFC 7692 section 7.2.1).
