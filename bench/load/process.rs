@@ -21,6 +21,13 @@ pub fn resident(pid: u32) -> u64 {
     kib.unwrap_or_default() * 1024
 }
 
+/// How many times a process has called `write` or `writev`; 0 when we may not know.
+pub fn writes(pid: u32) -> u64 {
+    let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
+    let line = io.lines().find_map(|line| line.strip_prefix("syscw:"));
+    line.and_then(|line| line.trim().parse().ok()).unwrap_or_default()
+}
+
 /// How many files a process has open; 0 when we may not know.
 pub fn files(pid: u32) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count).unwrap_or_default()

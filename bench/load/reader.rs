@@ -37,6 +37,8 @@ pub struct Shared {
     pub part: AtomicU64,
     /// Whether the time of each receipt is kept.
     pub is_timed: AtomicBool,
+    /// The publisher is woken when so many deliveries have been counted.
+    pub wanted: AtomicU64,
     pub failure: Mutex<Option<String>>,
     pub lines: Vec<Line>,
 }
@@ -48,13 +50,19 @@ pub struct Line {
     pub opened: AtomicUsize,
     /// All sockets of this thread have received the messages before this one.
     pub received: AtomicU64,
-    /// Reads that brought notifications.
+    /// Notifications received, all sockets of this thread together, and reads that brought some.
+    pub deliveries: AtomicU64,
     pub reads: AtomicU64,
     /// Message and time (ns from the beginning) of each receipt.
     pub receipts: Mutex<Vec<(u64, u64)>>,
 }
 
 impl Shared {
+    /// Notifications received by all sockets together.
+    pub fn deliveries(&self) -> u64 {
+        self.lines.iter().map(|line| line.deliveries.load(Ordering::Acquire)).sum()
+    }
+
     /// Ends everything with a reason.
     pub fn fail(&self, reason: String) {
         if let Ok(mut failure) = self.failure.lock() {
@@ -95,6 +103,7 @@ pub struct Reader<'a> {
     done: Vec<u32>,
     complete: usize,
     receipts: Vec<(u64, u64)>,
+    deliveries: u64,
     reads: u64,
 }
 
@@ -120,6 +129,7 @@ impl<'a> Reader<'a> {
             done: Vec::new(),
             complete: 0,
             receipts: Vec::new(),
+            deliveries: 0,
             reads: 0,
         })
     }
@@ -264,6 +274,7 @@ impl<'a> Reader<'a> {
         let connection = &mut self.connections[place];
         let before = connection.received;
         connection.received += notifications;
+        self.deliveries += notifications;
         self.reads += 1;
         if self.shared.is_timed.load(Ordering::Relaxed) {
             let now = self.shared.begin.elapsed().as_nanos() as u64;
@@ -277,8 +288,14 @@ impl<'a> Reader<'a> {
         self.done[from..to].iter_mut().for_each(|count| *count += 1);
     }
 
-    /// Tells the publisher how far all of this thread's sockets are.
+    /// Tells the publisher how far this thread's sockets are.
     fn tell(&mut self) {
+        self.line.reads.store(self.reads, Ordering::Relaxed);
+        self.line.deliveries.store(self.deliveries, Ordering::SeqCst);
+        if self.shared.deliveries() >= self.shared.wanted.load(Ordering::SeqCst) {
+            self.shared.wanted.store(u64::MAX, Ordering::SeqCst);
+            self.shared.publisher.unpark();
+        }
         let before = self.complete;
         while self.done.get(self.complete).is_some_and(|count| *count as usize == self.share) {
             self.complete += 1;
@@ -289,7 +306,6 @@ impl<'a> Reader<'a> {
         if let Ok(mut receipts) = self.line.receipts.lock() {
             receipts.append(&mut self.receipts);
         }
-        self.line.reads.store(self.reads, Ordering::Relaxed);
         self.line.received.store(self.base + self.complete as u64 * self.unit, Ordering::Release);
         self.shared.publisher.unpark();
     }

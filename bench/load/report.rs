@@ -46,12 +46,17 @@ impl All {
         }
     }
 
-    /// Median over the rounds of a server's value divided by the bare writer's of the same round.
-    fn ratio(&self, sockets: usize, key: &str) -> Option<f64> {
+    /// A server's value divided by the bare writer's of the same round, median over the rounds.
+    fn ratio(&self, server: &str, sockets: usize, key: &str) -> Option<f64> {
         let of = |server: &str| self.visits.get(&(server.to_owned(), sockets))?.get(key);
-        let mut ratios: Vec<f64> = of("imbus")?.iter().zip(of("bare")?).map(|(imbus, bare)| imbus / bare).collect();
+        let mut ratios: Vec<f64> = of(server)?.iter().zip(of("bare")?).map(|(value, bare)| value / bare).collect();
         ratios.sort_by(f64::total_cmp);
         ratios.get(ratios.len() / 2).copied()
+    }
+
+    /// The ratio in per cent, or a dash.
+    fn of_bare(&self, server: &str, sockets: usize, key: &str) -> String {
+        self.ratio(server, sockets, key).map_or("–".to_owned(), |ratio| format!("{:.0} %", ratio * 100.0))
     }
 
     fn sizes(&self, server: &str) -> Vec<usize> {
@@ -100,25 +105,20 @@ fn stream(all: &All, name: &str, title: &str, out: &mut String) {
     let _ = writeln!(out, "\n{title}:\n");
     let _ = writeln!(
         out,
-        "| sockets | server | deliveries/s | of bare | server µs CPU per delivery | client µs | deliveries per read |"
+        "| sockets | server | deliveries/s | of bare | server µs CPU per delivery | of bare | client µs | deliveries per write | per read |"
     );
-    let _ = writeln!(out, "|---|---|---|---|---|---|---|");
+    let _ = writeln!(out, "|---|---|---|---|---|---|---|---|---|");
     for (server, sockets) in rows(all) {
         let key = |suffix: &str| format!("{name}_{suffix}");
-        let ratio = match server {
-            "imbus" => all.ratio(sockets, &key("per_s")),
-            _ => all
-                .median(server, sockets, &key("per_s"))
-                .zip(all.median("bare", sockets, &key("per_s")))
-                .map(|(rate, bare)| rate / bare),
-        };
-        let ratio = ratio.map_or("–".to_owned(), |ratio| format!("{:.0} %", ratio * 100.0));
         let _ = writeln!(
             out,
-            "| {sockets} | {server} | {} | {ratio} | {} | {} | {} |",
+            "| {sockets} | {server} | {} | {} | {} | {} | {} | {} | {} |",
             all.cell(server, sockets, &key("per_s"), 0),
+            all.of_bare(server, sockets, &key("per_s")),
             all.cell(server, sockets, &key("cpu_us"), 2),
+            all.of_bare(server, sockets, &key("cpu_us")),
             all.cell(server, sockets, &key("client_us"), 2),
+            all.cell(server, sockets, &key("per_write"), 2),
             all.cell(server, sockets, &key("per_read"), 2),
         );
     }
@@ -154,7 +154,7 @@ fn aims(all: &All, out: &mut String) {
         let decimals = if value < 100.0 { 2 } else { 0 };
         let _ = writeln!(out, "| {text} | {value:.decimals$}{unit} | {verdict} |");
     };
-    let percent = |sockets: usize, key: &str| all.ratio(sockets, key).map(|ratio| ratio * 100.0);
+    let percent = |sockets: usize, key: &str| all.ratio("imbus", sockets, key).map(|ratio| ratio * 100.0);
     let sizes = all.sizes("imbus");
     for sockets in [1_000, 10_000] {
         let value = percent(sockets, "paced_per_s");

@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Transactions under way in the paced part: one that is being written and one that waits, never two that wait.
-const PACED_WINDOW: u64 = 2;
+/// In the paced part the next message is sent when all but this share of the deliveries of those before have been received:
+/// less than the half of the sockets that one of two threads has, so that both have begun to write the last message and
+/// none can find two that wait; enough for a commit to take place meanwhile.
+const PACED_AHEAD: f64 = 0.4;
 
 /// Transactions under way in the saturated part.
 const SATURATED_WINDOW: u64 = 4;
@@ -44,6 +46,7 @@ pub fn visit(options: &Options) -> Result<String> {
         unit: AtomicU64::new(1),
         part: AtomicU64::new(0),
         is_timed: AtomicBool::new(false),
+        wanted: AtomicU64::new(u64::MAX),
         failure: Mutex::new(None),
         lines: (0..options.threads).map(|_| Default::default()).collect(),
     };
@@ -93,10 +96,10 @@ impl Visit<'_> {
         }
         self.publisher.wait_for_disk(false)?;
         if !options.paced.is_zero() {
-            self.stream("paced", 1, PACED_WINDOW, options.paced)?;
+            self.stream("paced", 1, options.paced)?;
         }
         if !options.saturated.is_zero() {
-            self.stream("saturated", options.batch as u64, SATURATED_WINDOW, options.saturated)?;
+            self.stream("saturated", options.batch as u64, options.saturated)?;
         }
         if options.hold {
             eprintln!("{} sockets are open", options.sockets);
@@ -201,24 +204,40 @@ impl Visit<'_> {
         Ok(())
     }
 
-    /// Transactions of `unit` messages as fast as they are received, no more than `window` under way.
-    fn stream(&mut self, name: &str, unit: u64, window: u64, duration: Duration) -> Result<()> {
-        let (base, pid, own) = (self.sent, self.shared.options.pid, std::process::id());
+    /// Waits until there is room for one more transaction of the paced part (`unit` 1) or of the saturated one.
+    fn wait_for_room(&self, unit: u64) -> Result<()> {
+        if unit > 1 {
+            return self.wait_for((self.sent + unit).saturating_sub(unit * SATURATED_WINDOW));
+        }
+        let sockets = self.shared.options.sockets as u64;
+        let wanted = self.sent * sockets - (sockets as f64 * PACED_AHEAD) as u64;
+        self.shared.wanted.store(wanted, Ordering::SeqCst);
+        self.wait("room", || self.shared.deliveries() >= wanted)
+    }
+
+    /// Transactions of `unit` messages as fast as they are received.
+    fn stream(&mut self, name: &str, unit: u64, duration: Duration) -> Result<()> {
+        let (base, pid) = (self.sent, self.shared.options.pid);
         self.begin(unit, false);
         let reads = || self.shared.lines.iter().map(|line| line.reads.load(Ordering::Acquire)).sum::<u64>();
-        let (reads_before, cpu, own_cpu) = (reads(), process::cpu(pid), process::cpu(own));
+        let now = || (process::cpu(pid), process::cpu(std::process::id()), process::writes(pid), reads());
+        let before = now();
         let begin = Instant::now();
         while begin.elapsed() < duration {
             self.publish(unit)?;
-            self.wait_for((self.sent + unit).saturating_sub(unit * window).max(base))?;
+            self.wait_for_room(unit)?;
         }
         self.wait_for(self.sent)?;
         let time = begin.elapsed().as_secs_f64();
+        let after = now();
         let deliveries = (self.sent - base) as f64 * self.shared.options.sockets as f64;
         self.put(&format!("{name}_per_s"), deliveries / time);
-        self.put(&format!("{name}_cpu_us"), (process::cpu(pid) - cpu) * 1e6 / deliveries);
-        self.put(&format!("{name}_client_us"), (process::cpu(own) - own_cpu) * 1e6 / deliveries);
-        self.put(&format!("{name}_per_read"), deliveries / (reads() - reads_before) as f64);
+        self.put(&format!("{name}_cpu_us"), (after.0 - before.0) * 1e6 / deliveries);
+        self.put(&format!("{name}_client_us"), (after.1 - before.1) * 1e6 / deliveries);
+        if after.2 > before.2 {
+            self.put(&format!("{name}_per_write"), deliveries / (after.2 - before.2) as f64);
+        }
+        self.put(&format!("{name}_per_read"), deliveries / (after.3 - before.3) as f64);
         Ok(())
     }
 }
