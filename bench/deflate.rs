@@ -57,7 +57,13 @@ impl Gateway {
         let databases = vec![Database { oid: DATABASE, name: "demo".to_owned() }];
         let link_path = folder.join("link");
         let (settings, databases) = (Arc::new(settings), Arc::new(databases));
-        let start = Start { settings, databases, link_path: link_path.clone(), wake_main: Box::new(|| {}) };
+        let start = Start {
+            settings,
+            databases,
+            link_path: link_path.clone(),
+            wake_main: Box::new(|| {}),
+            census: Box::new(Vec::new),
+        };
         let others = threads();
         let net = Net::start(start).expect("threads");
         let port = loop {
@@ -122,7 +128,7 @@ impl Gateway {
         let channel = Channel::from_json("\"a\"", "demo").expect("a channel");
         let notifications = vec![Notification { id: self.last, channel, message: message.into() }];
         let position = Position { table: 1, high: self.last, ..Position::default() };
-        self.say(&Event::Dispatch { notifications, position });
+        self.say(&Event::Dispatch { notifications, position, committed: 0 });
         clients.iter_mut().map(Client::frame).max().unwrap_or(0)
     }
 }

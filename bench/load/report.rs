@@ -131,6 +131,9 @@ fn connections(all: &All, out: &mut String) {
         let rate = all.cell(server, sockets, "connects_per_s", 0);
         let _ = writeln!(out, "| {sockets} | {server} | {rate} | {} |", all.cell(server, sockets, "connect_cpu_us", 0));
     }
+    if all.memory.is_empty() {
+        return;
+    }
     let _ = writeln!(out, "\nMemory of the gateway's process, each from a fresh start:\n");
     let _ = writeln!(
         out,

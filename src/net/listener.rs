@@ -5,6 +5,7 @@ use super::bridge::{LogLevel, MainLine};
 use crate::core::hub::Moment;
 use mio::net::{TcpListener, TcpStream};
 use mio::{Interest, Registry, Token};
+use socket2::SockRef;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 
@@ -31,6 +32,9 @@ pub struct Listeners {
     /// When accepting failed last.
     starved_at: Option<Moment>,
 }
+
+/// Connections that may wait to be accepted (the system's net.core.somaxconn, 4096 on Linux, is the limit in the end).
+const BACKLOG: i32 = 4096;
 
 /// One of `imbus.listen_addresses`.
 struct Name {
@@ -149,6 +153,8 @@ impl Listeners {
             return Ok(());
         }
         let mut door = TcpListener::bind(SocketAddr::new(address, self.port))?;
+        // Asked for again, this time with room for a burst: a connection that finds none waits for a second.
+        SockRef::from(&door).listen(BACKLOG)?;
         let port = door.local_addr()?.port();
         self.registry.register(&mut door, Token(self.base + self.doors.len()), Interest::READABLE)?;
         self.port = port;
