@@ -20,6 +20,9 @@ const WORTHWHILE: usize = 1024;
 /// How hard to compress. The next level takes twice the time for a fifth off what is left (docs/benchmarks.md).
 const LEVEL: u32 = 1;
 
+/// The window of the compressor, the greatest there is: 32 KiB.
+const WINDOW_BITS: u8 = 15;
+
 /// Ends what a flush has written and is not sent (RFC 7692 section 7.2.1).
 const FLUSH_END: [u8; 4] = [0, 0, 0xff, 0xff];
 
@@ -75,7 +78,7 @@ impl Agreement {
 
     /// Whether the compressed twin of this frame is for this client.
     pub fn takes(self, frame: &Frame) -> bool {
-        self.window_bits.is_none_or(|bits| payload(frame).len() <= 1 << bits)
+        self.window_bits.is_none_or(|bits| bits == WINDOW_BITS || payload(frame).len() <= 1 << bits)
     }
 }
 
@@ -95,7 +98,7 @@ fn unquoted(value: &str) -> &str {
 
 /// 8 to 15, without leading zeros (section 7.1.2).
 fn bits(value: &str) -> Option<u8> {
-    (8..=15).find(|bits: &u8| bits.to_string() == value)
+    (8..=WINDOW_BITS).find(|bits: &u8| bits.to_string() == value)
 }
 
 /// What an unmasked frame carries.

@@ -128,7 +128,9 @@ fn the_first_acceptable_offer_counts_and_its_window_is_kept_to() {
     let narrow = Agreement { window_bits: Some(11) };
     assert!(narrow.takes(&text(2048)), "no message refers further back than to its beginning");
     assert!(!narrow.takes(&text(2049)));
-    assert!(Agreement { window_bits: None }.takes(&text(1 << 17)));
+    for all in [None, Some(15)] {
+        assert!(Agreement { window_bits: all }.takes(&text(1 << 17)), "DEFLATE refers no further back");
+    }
 }
 
 #[test]
