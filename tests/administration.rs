@@ -780,3 +780,27 @@ fn a_token_of_a_dropped_database_opens_no_other() {
     let mut socket = Socket::open(port, &old);
     assert!(matches!(socket.ended(), common::Ended::Close(4401, _)));
 }
+
+/// A version made up for the test: the script does nothing that the next one would undo.
+#[test]
+fn an_update_of_the_extension_disturbs_nobody() {
+    let folder = std::path::PathBuf::from(common::pg_config("--sharedir")).join("extension");
+    let script = folder.join("imbus--0.1.0--0.1.0+test.sql");
+    std::fs::write(&script, "COMMENT ON FUNCTION @extschema@.imbus_version() IS 'updated';\n").unwrap();
+    let cluster = shared();
+    let mut sql = cluster.database("updated");
+    let mut socket = cluster.subscriber(&mut sql, json!(["broadcast"]), 0);
+    let mut open = cluster.connect("updated");
+    let mut transaction = open.transaction().unwrap();
+    transaction.execute("SELECT bus_sendone('broadcast', 't', '\"begun before\"')", &[]).unwrap();
+    let updated = sql.batch_execute("ALTER EXTENSION imbus UPDATE TO '0.1.0+test'");
+    let _ = std::fs::remove_file(&script);
+    updated.unwrap();
+    transaction.commit().unwrap();
+    assert_eq!(socket.payload(), json!("begun before"));
+    sql.execute("SELECT bus_sendone('broadcast', 't', '\"after\"')", &[]).unwrap();
+    assert_eq!(socket.payload(), json!("after"));
+    let version: String =
+        sql.query_one("SELECT extversion FROM pg_extension WHERE extname = 'imbus'", &[]).unwrap().get(0);
+    assert_eq!(version, "0.1.0+test");
+}

@@ -44,7 +44,7 @@ pub fn promptly(mut round_trip: impl FnMut(i32)) {
     }
 }
 
-fn pg_config(what: &str) -> String {
+pub fn pg_config(what: &str) -> String {
     let program = std::env::var("PG_CONFIG").unwrap_or_else(|_| "pg_config".into());
     let output = Command::new(program).arg(what).output().expect("pg_config");
     String::from_utf8(output.stdout).unwrap().trim().to_owned()
