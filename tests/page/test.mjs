@@ -87,7 +87,7 @@ function message(seconds, change = {}) {
     gateway: {
       connections: 7, subscriptions: 70, sockets: 9, queued_bytes: 2048, connections_total: 7,
       notifications_sent_total: sent, frames_sent_total: sent / 2, messages_received_total: 0, bytes_sent_total: 0,
-      bytes_received_total: 0, slow_consumers_total: 0, replays_total: 0, rejected: { origin: 2 },
+      bytes_received_total: 0, slow_consumers_total: 0, replays_total: 0, rejected: { origin: 2, slow: 3 },
     },
     latency: { le_ms: [1, 2, 4], counts: [sent / 2, sent, sent, sent], sum_ms: sent, count: sent },
     databases: [], slow: [], queues: [], failed_jobs: [], ...change,
@@ -162,6 +162,7 @@ test('rates and percentiles are differences, and a counter that falls is a resta
   assert.equal(await figure(page, 'Notifications sent'), '50 /s');
   assert.equal(await figure(page, 'Commit to send, p99'), '1.98 ms');
   assert.equal(await figure(page, 'Queued for clients'), '2.00 KiB');
+  assert.equal(await figure(page, 'Clients refused'), '2');
   send(3, { uptime_s: 1, gateway: { ...message(0).gateway, notifications_sent_total: 3 } });
   await until(page, 'the restart shows', () => samples.at(-1).restart);
   await until(page, 'no rate is made of it', () => !document.querySelector('#figures').textContent.includes('50 /s'));
