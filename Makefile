@@ -17,11 +17,13 @@ ISOLATION = $(shell scripts/regress_tests '$(bindir)/psql' specs)
 ISOLATION_OPTS = --inputdir=tests --outputdir='$(OUTPUTDIR)/isolation' --load-extension=imbus
 
 # Commands that must work before PostgreSQL is installed.
-ifneq (,$(filter run test lint unit setup soak bench conformance fuzz,$(MAKECMDGOALS)))
+ifneq (,$(filter run test lint unit setup soak bench conformance fuzz test-page,$(MAKECMDGOALS)))
 
-.PHONY: run test lint unit setup soak bench conformance fuzz
+.PHONY: run test lint unit setup soak bench conformance fuzz test-page
 setup:
 	scripts/setup
+test-page:
+	scripts/test_page
 run:
 	scripts/setup
 	scripts/run

@@ -64,8 +64,10 @@ pub const REJECTIONS: [(Rejection, &str); 16] = [
 ];
 
 /// Upper bounds of the histogram of latencies, in microseconds; one more bucket has no bound.
-pub const LATENCIES: [u64; 14] =
-    [250, 500, 1_000, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 10_000_000];
+pub const LATENCIES: [u64; 16] = [
+    250, 500, 1_000, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000, 100_000, 250_000, 500_000, 1_000_000, 2_500_000,
+    5_000_000, 10_000_000,
+];
 
 /// All counters of the gateway's network side.
 #[derive(Debug, Default)]
@@ -207,7 +209,7 @@ mod tests {
             counters.took(microseconds, count);
         }
         let (counts, sum) = counters.latencies();
-        assert_eq!((counts[0], counts[1], counts[13], counts[14]), (2, 4, 4, 8));
+        assert_eq!((counts[0], counts[1], counts[15], counts[16]), (2, 4, 4, 8));
         assert_eq!(sum, 250 + 2 * 251 + 4 * 10_000_001);
     }
 }
