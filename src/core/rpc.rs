@@ -40,7 +40,13 @@ impl<'a> Call<'a> {
 
 /// The answer to a call; `id` and `result` are JSON texts.
 pub fn result(id: &str, result: &str) -> String {
-    format!("{{\"jsonrpc\": \"2.0\", \"id\": {id}, \"result\": {result}}}")
+    let (before, after) = around(id);
+    format!("{before}{result}{after}")
+}
+
+/// What stands before and after the result in the answer to a call.
+pub fn around(id: &str) -> (String, &'static str) {
+    (format!("{{\"jsonrpc\": \"2.0\", \"id\": {id}, \"result\": "), "}")
 }
 
 /// The answer to a call that failed, as Odoo's client reads it: code 200 for errors of the server, 100 for an expired

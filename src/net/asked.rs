@@ -2,12 +2,13 @@
 //! is put into JSON; knows no sockets.
 
 use super::auth::Admission;
+use super::batch::Run;
 use super::http::{Reply, Response};
 use crate::core::channel::Channel;
 use crate::core::hub::Moment;
 use crate::core::link::Answer;
 use crate::core::notification::Notification;
-use crate::core::protocol::{self, CHANNELS_MAX};
+use crate::core::protocol::{self, CHANNELS_MAX, Frame};
 use crate::core::{json, rpc};
 
 /// How long a poll waits for a notification, in milliseconds (Odoo's TIMEOUT of 50 s, bus/models/bus.py).
@@ -54,22 +55,57 @@ pub struct Waiting {
     position: Option<String>,
     /// What it is subscribed to.
     channels: Vec<Channel>,
-    found: Vec<Notification>,
+    is_subscribed: bool,
+    found: Vec<Found>,
+}
+
+/// Notifications with ascending ids, as text that others share.
+struct Found {
+    first: i64,
+    last: i64,
+    count: usize,
+    /// The entries of the answer, see [`entries`].
+    text: Frame,
+}
+
+/// What a request is answered with.
+pub struct Said {
+    /// The answer without its body.
+    pub response: Response,
+    /// What is sent.
+    pub pieces: Vec<Frame>,
+    /// Whether the connection ends with it.
+    pub close: bool,
+    /// How many notifications there are in it.
+    pub count: usize,
+}
+
+/// Notifications as entries of an answer, without the brackets around them; `database` is their database's name.
+pub fn entries(notifications: &[Notification], database: &str) -> Frame {
+    let entry = |notification: &Notification| {
+        let channel = notification.channel.stored(database);
+        format!("{{\"id\": {}, \"channel\": {channel}, \"message\": {}}}", notification.id, notification.message)
+    };
+    let entries: Vec<String> = notifications.iter().map(entry).collect();
+    entries.join(", ").into_bytes().into()
 }
 
 impl Waiting {
     /// A request just read.
     pub fn new(asked: Asked, reply: Reply) -> Waiting {
         let Asked { admission, wish, id, position } = asked;
-        Waiting { admission, wish, reply, id, position, channels: Vec::new(), found: Vec::new() }
+        let (channels, found) = (Vec::new(), Vec::new());
+        Waiting { admission, wish, reply, id, position, channels, is_subscribed: false, found }
     }
 
-    /// How long it may wait, in milliseconds.
-    pub fn patience(&self) -> Moment {
-        match self.wish {
+    /// How long it may wait, in milliseconds: not beyond its proof. `now` in milliseconds since 1970.
+    pub fn patience(&self, now: i64) -> Moment {
+        let proof = self.admission.authority.expires().saturating_mul(1000).saturating_sub(now).max(0).unsigned_abs();
+        let most = match self.wish {
             Wish::Notifications { waits: true, .. } => POLL_WAIT,
             _ => ANSWER_WAIT,
-        }
+        };
+        most.min(proof)
     }
 
     /// Whether it waits for something to happen, rather than for an answer.
@@ -96,6 +132,11 @@ impl Waiting {
 
     /// It is subscribed to these channels now. Returns the position from which on it is owed.
     pub fn subscribed(&mut self, channels: &[Channel]) -> i64 {
+        self.is_subscribed = true;
+        if let Wish::Notifications { channels, .. } = &mut self.wish {
+            // It may be long, and the wait too.
+            *channels = String::new();
+        }
         self.channels = channels.to_vec();
         self.channels.sort_unstable();
         self.channels.dedup();
@@ -124,9 +165,21 @@ impl Waiting {
         format!("{mixed:016x}")
     }
 
-    /// Takes notifications for the answer.
-    pub fn found(&mut self, notifications: &[Notification]) {
-        self.found.extend_from_slice(notifications);
+    /// Takes notifications of one dispatch for the answer.
+    pub fn found(&mut self, run: Run) {
+        let Some((first, last)) = run.notifications.first().zip(run.notifications.last()) else { return };
+        let text = run.entries(self.admission.authority.database_name());
+        self.found.push(Found { first: first.id, last: last.id, count: run.notifications.len(), text });
+    }
+
+    /// Takes a page of a replay for the answer.
+    pub fn found_page(&mut self, notifications: &[Notification]) {
+        for range in protocol::runs(notifications, false) {
+            let run = notifications.get(range).unwrap_or_default();
+            let Some((first, last)) = run.first().zip(run.last()) else { continue };
+            let text = entries(run, self.admission.authority.database_name());
+            self.found.push(Found { first: first.id, last: last.id, count: run.len(), text });
+        }
     }
 
     /// Whether there is something to answer with.
@@ -134,37 +187,53 @@ impl Waiting {
         !self.found.is_empty()
     }
 
-    /// The answer with what was found, and whether the connection ends with it. Of ids that do not ascend only those up
-    /// to there: the last id of an answer is the client's position, the rest comes with its next request.
-    pub fn answer_found(&self) -> (Vec<u8>, bool, usize) {
+    /// The answer with what was found. Of ids that do not ascend only those up to there: the last id of an answer is
+    /// the client's position, the rest comes with its next request.
+    pub fn answer_found(&self) -> Said {
         let Wish::Notifications { last, waits, .. } = &self.wish else { return self.fail(503) };
-        let run = protocol::runs(&self.found, false).into_iter().next().unwrap_or_default();
-        let found = self.found.get(run).unwrap_or_default();
-        let database = self.admission.authority.database_name();
-        let entry = |notification: &Notification| {
-            let channel = notification.channel.stored(database);
-            format!("{{\"id\": {}, \"channel\": {channel}, \"message\": {}}}", notification.id, notification.message)
-        };
-        let entries: Vec<String> = found.iter().map(entry).collect();
-        let entries = format!("[{}]", entries.join(", "));
-        let result = if *waits {
-            entries
-        } else {
-            let channels: Vec<String> = self.channels.iter().map(|channel| channel.stored(database)).collect();
-            format!("{{\"channels\": [{}], \"notifications\": {entries}}}", channels.join(", "))
-        };
-        let mut response = Response::json(200, rpc::result(&self.id, &result));
-        if let Some(position) = found.last().map(|last| last.id).filter(|position| *waits && position < last) {
+        let pairs = self.found.iter().zip(self.found.iter().skip(1));
+        let ascending = pairs.take_while(|(one, next)| next.first > one.last).count();
+        let found = self.found.get(..self.found.len().min(ascending + 1)).unwrap_or_default();
+        let mut response = Response::json(200, String::new());
+        if let Some(position) = found.last().map(|found| found.last).filter(|position| *waits && position < last) {
             let value = format!("{last}.{position}.{}", self.fingerprint());
             let cookie = format!("{COOKIE}={value}; Path=/longpolling; Max-Age={COOKIE_AGE}; HttpOnly; SameSite=Lax");
             response.headers.push(("Set-Cookie", cookie));
         }
-        let (bytes, close) = self.put(&response);
-        (bytes, close, found.len())
+        let (open, end) = if *waits {
+            ("[".to_owned(), "]")
+        } else {
+            let database = self.admission.authority.database_name();
+            let channels: Vec<String> = self.channels.iter().map(|channel| channel.stored(database)).collect();
+            (format!("{{\"channels\": [{}], \"notifications\": [", channels.join(", ")), "]}")
+        };
+        let (before, after) = rpc::around(&self.id);
+        let mut pieces: Vec<Frame> = vec![format!("{before}{open}").into_bytes().into()];
+        for (at, found) in found.iter().enumerate() {
+            if at > 0 {
+                pieces.push(Frame::from(&b", "[..]));
+            }
+            pieces.push(found.text.clone());
+        }
+        pieces.push(format!("{end}{after}").into_bytes().into());
+        let length = pieces.iter().map(|piece| piece.len()).sum();
+        pieces.insert(0, self.reply.head(&response, length).into());
+        let count = found.iter().map(|found| found.count).sum();
+        Said { response, pieces, close: self.reply.close, count }
     }
 
-    /// The answer of a database, and whether the connection ends with it.
-    pub fn answer(&self, answer: &Answer) -> (Vec<u8>, bool, usize) {
+    /// The answer to a request that has waited for as long as it may: a poll finds nothing, unless its proof has ended
+    /// (`now` in milliseconds since 1970) or nobody knows it yet; anything else failed.
+    pub fn answer_late(&self, now: i64) -> Said {
+        match self.is_subscribed && self.polls() {
+            _ if self.patience(now) == 0 => self.fail(401),
+            true => self.answer_found(),
+            false => self.fail(503),
+        }
+    }
+
+    /// The answer of a database.
+    pub fn answer(&self, answer: &Answer) -> Said {
         let result = match answer {
             Answer::Missed(missed) => missed.to_string(),
             Answer::Vacuum { last, next } => {
@@ -173,34 +242,30 @@ impl Waiting {
             }
             Answer::Authenticated(_) | Answer::Jobs(_) | Answer::Failed => return self.fail(503),
         };
-        let (bytes, close) = self.put(&Response::json(200, rpc::result(&self.id, &result)));
-        (bytes, close, 0)
+        self.put(Response::json(200, rpc::result(&self.id, &result)))
     }
 
-    /// The text of `/metrics`, and whether the connection ends with it.
-    pub fn answer_text(&self, text: String) -> (Vec<u8>, bool, usize) {
+    /// The text of `/metrics`.
+    pub fn answer_text(&self, text: String) -> Said {
         let mut response = Response::text(200, "");
         response.kind = "text/plain; version=0.0.4; charset=utf-8";
         response.body = text;
-        let (bytes, close) = self.put(&response);
-        (bytes, close, 0)
+        self.put(response)
     }
 
     /// The answer to a call that is wrong in itself, as Odoo gives it.
-    pub fn refuse(&self, message: &str) -> (Vec<u8>, bool, usize) {
-        let body = rpc::error(&self.id, 200, message, "builtins.ValueError");
-        let (bytes, close) = self.put(&Response::json(200, body));
-        (bytes, close, 0)
+    pub fn refuse(&self, message: &str) -> Said {
+        self.put(Response::json(200, rpc::error(&self.id, 200, message, "builtins.ValueError")))
     }
 
     /// No answer: 401, 403 or 503.
-    pub fn fail(&self, status: u16) -> (Vec<u8>, bool, usize) {
-        let (bytes, close) = self.put(&failure(status));
-        (bytes, close, 0)
+    pub fn fail(&self, status: u16) -> Said {
+        self.put(failure(status))
     }
 
-    fn put(&self, response: &Response) -> (Vec<u8>, bool) {
-        (self.reply.bytes(response), self.reply.close)
+    fn put(&self, response: Response) -> Said {
+        let pieces = vec![self.reply.bytes(&response).into()];
+        Said { response, pieces, close: self.reply.close, count: 0 }
     }
 }
 

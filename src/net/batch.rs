@@ -1,6 +1,7 @@
 //! What one dispatch of a database worker brought, shared by all reactors. Each frame is encoded once, by the first
 //! reactor that has somebody to send it to, and not at all when nobody listens.
 
+use super::asked;
 use super::deflate::{self, Agreement};
 use crate::core::notification::Notification;
 use crate::core::protocol::{self, Frame};
@@ -22,6 +23,8 @@ pub struct Batch {
 struct Encoded {
     frame: OnceLock<Frame>,
     twin: OnceLock<Option<Frame>>,
+    /// For requests, see [`asked::entries`].
+    entries: OnceLock<Frame>,
 }
 
 /// Notifications of one channel that share a frame.
@@ -51,6 +54,11 @@ impl Run<'_> {
     /// The frame.
     pub fn frame(&self) -> &Frame {
         self.encoded.frame.get_or_init(|| protocol::notifications_frame(self.notifications))
+    }
+
+    /// The same for requests that wait, in the database of this name.
+    pub fn entries(&self, database: &str) -> Frame {
+        self.encoded.entries.get_or_init(|| asked::entries(self.notifications, database)).clone()
     }
 
     /// The frame for a client with which this was agreed: compressed where that is worth while and it can read it.

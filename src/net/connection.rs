@@ -2,7 +2,7 @@
 //! ends; the reactor asks it turn by turn and does what takes more than this one connection.
 
 use super::Env;
-use super::asked::Waiting;
+use super::asked::{Said, Waiting};
 use super::counters::{Counters, Rejection};
 use super::http::{self, Served};
 use super::outbound::{Flow, Full, Kind};
@@ -170,16 +170,16 @@ impl Connection {
         }
     }
 
-    /// The request that waits gets its answer; with `close` it is the last on this connection.
-    pub fn answer(&mut self, response: Vec<u8>, close: bool, env: &Env) {
+    /// The request that waits gets its answer.
+    pub fn answer(&mut self, said: Said, env: &Env) {
         let Stage::Http(http) = &mut self.stage else { return };
         if http.waiting.take().is_none() {
             return;
         }
         self.deadline = env.now + IDLE_WAIT;
-        Counters::add(&env.counters.requests, 1);
-        self.socket.say(response.into());
-        if close {
+        env.counters.answered(&said.response);
+        said.pieces.into_iter().for_each(|piece| self.socket.say(piece));
+        if said.close {
             self.end(env);
         }
     }
@@ -258,7 +258,7 @@ impl Connection {
                 Err(_) => return Turn::Gone,
             };
             let Stage::Http(http) = &mut self.stage else { return Turn::Again };
-            if http.buffer.is_empty() && http.skip == 0 && http.kept {
+            if http.buffer.is_empty() && http.skip == 0 && http.kept && http.waiting.is_none() {
                 self.deadline = env.now + HEAD_WAIT;
             }
             http.buffer.extend_from_slice(bytes.get(..count).unwrap_or_default());
@@ -292,7 +292,7 @@ impl Connection {
                 Served::Asked { consumed, asked, reply } => {
                     http.took(consumed, 0);
                     let waiting = Waiting::new(*asked, reply);
-                    self.deadline = env.now + waiting.patience();
+                    self.deadline = env.now.saturating_add(waiting.patience(env.unix_ms));
                     http.waiting = Some(Box::new(waiting));
                     return Some(Turn::Asked);
                 }
@@ -401,12 +401,18 @@ impl Connection {
     pub fn deadline(&self, env: &Env) -> Moment {
         match &self.stage {
             Stage::Open(websocket) => websocket.deadline(&self.socket, env),
-            _ => self.deadline,
+            _ => self.patience_ends(),
         }
+    }
+
+    /// When the stage has taken too long; a peer that goes on to read what waits for it has more time.
+    fn patience_ends(&self) -> Moment {
+        if self.socket.out.is_empty() { self.deadline } else { self.deadline.max(self.socket.progress + CLOSE_WAIT) }
     }
 
     /// Does what time asks for.
     pub fn due(&mut self, env: &Env) -> Turn {
+        let patience_ends = self.patience_ends();
         let due = match &mut self.stage {
             Stage::Open(websocket) => {
                 let due = websocket.due(&self.socket, env);
@@ -415,7 +421,7 @@ impl Connection {
                 }
                 due
             }
-            _ if env.now < self.deadline => Due::Nothing,
+            _ if env.now < patience_ends => Due::Nothing,
             Stage::Http(http) if http.waiting.is_some() => return Turn::Waited,
             Stage::Http(http) if !http.kept || !http.buffer.is_empty() || http.skip > 0 => {
                 self.socket.say(http::refusal(408, env).into());

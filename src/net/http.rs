@@ -174,6 +174,15 @@ impl Reply {
 
     /// The bytes to send.
     pub fn bytes(&self, response: &Response) -> Vec<u8> {
+        let mut bytes = self.head(response, response.body.len());
+        if !self.is_head && response.status != 204 {
+            bytes.extend_from_slice(response.body.as_bytes());
+        }
+        bytes
+    }
+
+    /// The bytes of the head; the body has so many.
+    pub fn head(&self, response: &Response, length: usize) -> Vec<u8> {
         let mut head = format!("HTTP/1.1 {} {}\r\n", response.status, reason(response.status));
         let mut add = |name: &str, value: &str| {
             for part in [name, ": ", value, "\r\n"] {
@@ -184,7 +193,7 @@ impl Reply {
         // Without content there is nothing to describe (RFC 9110 section 8.6).
         if response.status != 204 {
             add("Content-Type", response.kind);
-            add("Content-Length", &response.body.len().to_string());
+            add("Content-Length", &length.to_string());
         }
         match (self.close, self.minor) {
             (true, _) => add("Connection", "close"),
@@ -192,9 +201,6 @@ impl Reply {
             (false, _) => {}
         }
         head.push_str("\r\n");
-        if !self.is_head && response.status != 204 {
-            head.push_str(&response.body);
-        }
         head.into_bytes()
     }
 }
@@ -216,8 +222,9 @@ pub fn serve(buffer: &[u8], peer: IpAddr, env: &Env, refused: bool) -> Served {
     let request = Request { method, path, query, minor, peer, headers: parsed.headers };
     match answer(&request, buffer.get(consumed..).unwrap_or_default(), env, refused) {
         Ok(Step::Wait { go_on }) => Served::Partial { go_on },
-        Ok(Step::Answer { used, skip, answer }) => {
+        Ok(Step::Answer { used, skip, answer, is_last }) => {
             let (consumed, reply) = (consumed + used, request.reply(env));
+            let reply = if is_last { reply.last_word() } else { reply };
             match answer {
                 Answer::Upgrade(upgrade) => {
                     Counters::add(&env.counters.requests, 1);
@@ -242,8 +249,8 @@ pub fn serve(buffer: &[u8], peer: IpAddr, env: &Env, refused: bool) -> Served {
 enum Step {
     /// More of the body is needed.
     Wait { go_on: bool },
-    /// With how much of the body was used, and how much of it is still to be skipped.
-    Answer { used: usize, skip: usize, answer: Answer },
+    /// With how much of the body was used, how much of it is still to be skipped, and whether the connection ends with it.
+    Answer { used: usize, skip: usize, answer: Answer, is_last: bool },
 }
 
 /// Answers a request of which `rest` follows the head.
@@ -266,17 +273,24 @@ fn answer(request: &Request, rest: &[u8], env: &Env, refused: bool) -> Result<St
         Ok(route) => route,
         // A client that waits to be told to go on is told not to: its body never comes.
         Err(response) if expects => return Err(response),
-        Err(response) => return Ok(Step::Answer { used: 0, skip: length, answer: Answer::Response(response) }),
+        Err(response) => {
+            let answer = Answer::Response(response);
+            return Ok(Step::Answer { used: 0, skip: length, answer, is_last: false });
+        }
     };
     let Route { takes_body, answer, .. } = route;
     if !*takes_body {
         return match answer(request, &[], env) {
             Answer::Upgrade(_) if length > 0 => Err(Response::text(400, "an upgrade has no body")),
-            answer => Ok(Step::Answer { used: 0, skip: length, answer }),
+            // Whether the body comes that nobody asked for, nobody can tell.
+            answer => Ok(Step::Answer { used: 0, skip: length, answer, is_last: expects && length > 0 }),
         };
     }
     match rest.get(..length) {
-        Some(body) => Ok(Step::Answer { used: length, skip: 0, answer: answer(request, body, env) }),
+        Some(body) => {
+            let answer = answer(request, body, env);
+            Ok(Step::Answer { used: length, skip: 0, answer, is_last: false })
+        }
         None => Ok(Step::Wait { go_on: expects }),
     }
 }
@@ -296,7 +310,8 @@ pub fn refusal(status: u16, env: &Env) -> Vec<u8> {
 
 /// The path and query of a request target, also of one in absolute form (RFC 9112 section 3.2.2).
 fn local(target: &str) -> &str {
-    let Some((_, rest)) = target.split_once("://").filter(|_| !target.starts_with('/')) else { return target };
+    let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    let Some((_, rest)) = target.split_once("://").filter(|(scheme, _)| is_http(scheme)) else { return target };
     rest.find('/').and_then(|at| rest.get(at..)).unwrap_or("/")
 }
 

@@ -16,7 +16,7 @@ use super::front::{CONNECTIONS, Front};
 use super::outbound::Flow;
 use super::timers::Timers;
 use crate::core::hub::{Hub, Moment, Slot};
-use crate::core::protocol::Close;
+use crate::core::protocol::{Close, CloseCode};
 use crate::core::settings::{Database, Settings};
 use crossbeam_channel::Receiver;
 use mio::event::Event;
@@ -72,8 +72,8 @@ pub struct Reactor {
     /// Connections with something to read that had their turn.
     again: Vec<Slot>,
     receivers: Vec<Slot>,
-    /// Who waits for the answer to which query.
-    queries: HashMap<u64, Slot>,
+    /// Who waits for the answer to which query, and the database it went to.
+    queries: HashMap<u64, (Slot, u32)>,
     /// Open websockets of the live page.
     watchers: Vec<Slot>,
     /// Who waits for the text of `/metrics`.
@@ -290,6 +290,14 @@ impl Reactor {
     }
 
     fn close(&mut self, slot: Slot, close: &Close) {
+        if self.get(slot).and_then(Connection::waiting).is_some() {
+            let status = match close.code {
+                CloseCode::Unauthorized => 401,
+                CloseCode::Forbidden => 403,
+                _ => 503,
+            };
+            return self.finish(slot, |waiting| waiting.fail(status));
+        }
         if let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) {
             connection.close(close, &self.env);
         }

@@ -1,7 +1,7 @@
 //! An open websocket: takes messages out of what the peer sends, keeps to the limits of ODOO_BUS §2, and knows when the
 //! peer has been silent for too long. Decides how an open websocket ends; what a message means is the protocol's.
 
-use super::auth::Admission;
+use super::auth::{Admission, Authority};
 use super::deflate::Fault;
 use super::socket::Socket;
 use super::{Env, millis};
@@ -23,6 +23,9 @@ pub const MESSAGE_MAX: usize = 1 << 20;
 /// How long an answer to a ping may take, in milliseconds (ODOO_BUS §5).
 const PONG_WAIT: Moment = 15_000;
 
+/// How long a client may take that is asked about when it subscribes, in milliseconds.
+const PROOF_WAIT: Moment = 30_000;
+
 /// An open websocket without its socket.
 pub struct Websocket {
     context: WebSocketContext,
@@ -33,6 +36,8 @@ pub struct Websocket {
     jitter: u16,
     heard: Moment,
     pinged: Option<Moment>,
+    /// Whether somebody has said that it may be here.
+    let_in: bool,
 }
 
 /// What the peer sent.
@@ -90,7 +95,8 @@ impl Websocket {
         let config = super::testing::widened(config);
         let context = WebSocketContext::from_partially_read(rest, Role::Server, Some(config));
         let jitter = RandomState::new().hash_one(now) as u16;
-        Websocket { context, admission, rate: VecDeque::new(), opened: now, jitter, heard: now, pinged: None }
+        let let_in = !matches!(admission.authority, Authority::Function(_));
+        Websocket { context, admission, rate: VecDeque::new(), opened: now, jitter, heard: now, pinged: None, let_in }
     }
 
     /// The next thing the peer sent.
@@ -151,13 +157,26 @@ impl Websocket {
     pub fn deadline(&self, socket: &Socket, env: &Env) -> Moment {
         let expiry = self.admission.authority.expires().saturating_mul(1000).saturating_sub(env.unix_ms).max(0);
         let expiry = env.now.saturating_add(expiry.unsigned_abs());
-        expiry.min(self.retirement(env)).min(self.silence_ends(socket, env))
+        expiry.min(self.retirement(env)).min(self.silence_ends(socket, env)).min(self.proof_ends())
+    }
+
+    /// Its channels are known.
+    pub fn let_in(&mut self) {
+        self.let_in = true;
+    }
+
+    /// Until when it has to prove who it is.
+    fn proof_ends(&self) -> Moment {
+        if self.let_in { Moment::MAX } else { self.opened.saturating_add(PROOF_WAIT) }
     }
 
     /// What is due now.
     pub fn due(&self, socket: &Socket, env: &Env) -> Due {
         if self.admission.authority.expires().saturating_mul(1000) <= env.unix_ms {
             return Due::Close(Close::new(CloseCode::Unauthorized, "the token has expired"));
+        }
+        if env.now >= self.proof_ends() {
+            return Due::Close(Close::new(CloseCode::Unauthorized, "no subscription"));
         }
         if env.now >= self.retirement(env) {
             return Due::Close(Close::new(CloseCode::KeepAlive, ""));

@@ -10,14 +10,20 @@ use pgrx::prelude::*;
 use pgrx::{FromDatum, IntoDatum};
 
 /// How long the function may take, in milliseconds: what is committed waits for it.
-const PATIENCE: i32 = 2_000;
+const PATIENCE: i32 = 500;
+
+/// Then it is cancelled so often, should it catch that, in milliseconds.
+const AGAIN: i32 = 50;
+
+/// The lock method of advisory locks (lock.h).
+const USER_LOCKMETHOD: u16 = 2;
 
 /// What the function of this database answers to a client's headers (a JSON object) and channels (a JSON array): the
 /// text of its jsonb, None when it refuses, or there is none. Runs as the function's owner, under
 /// SECURITY_RESTRICTED_OPERATION and with search_path `pg_catalog`, in a transaction of its own.
 ///
 /// # Errors
-/// The function's; it takes longer than 2 s; it is not there, or not of the right kind.
+/// The function's; it takes longer than half a second; it is not there, or not of the right kind.
 pub fn ask(headers: &str, channels: &str) -> Result<Option<String>, Failure> {
     let answer = transaction::run(|| {
         let _limit = Limit::set(PATIENCE);
@@ -29,6 +35,9 @@ pub fn ask(headers: &str, channels: &str) -> Result<Option<String>, Failure> {
     if answer.is_err() {
         Limit::lift();
     }
+    // What it has locked for the session is not this worker's to keep.
+    // SAFETY: main thread, outside any transaction; as DISCARD ALL does (discard.c).
+    unsafe { pg_sys::LockReleaseAll(USER_LOCKMETHOD, true) };
     answer
 }
 
@@ -102,13 +111,20 @@ struct Limit;
 impl Limit {
     fn set(milliseconds: i32) -> Limit {
         // SAFETY: the handler is registered in every backend (InitPostgres); it asks for a cancel.
-        unsafe { ffi::guarded(|| ffi::enable_timeout_after(ffi::STATEMENT_TIMEOUT, milliseconds)) };
+        unsafe {
+            let end = pg_sys::GetCurrentTimestamp() + i64::from(milliseconds) * 1000;
+            ffi::guarded(|| ffi::enable_timeout_every(ffi::STATEMENT_TIMEOUT, end, AGAIN));
+        }
         Limit
     }
 
     fn lift() {
         // SAFETY: as in `set`; one that is not set is no error.
-        unsafe { ffi::guarded(|| ffi::disable_timeout(ffi::STATEMENT_TIMEOUT, false)) };
+        unsafe {
+            ffi::guarded(|| ffi::disable_timeout(ffi::STATEMENT_TIMEOUT, false));
+            // One that came too late is not for what comes next.
+            pg_sys::QueryCancelPending = 0;
+        }
     }
 }
 

@@ -13,12 +13,12 @@ use super::transaction::{self, Failure, safely};
 use super::worker::{self, Waiting};
 use super::{launch, runner, sql};
 use crate::core::intake::Intake;
-use crate::core::link::{Command, Event, VERSION};
+use crate::core::link::{Command, Event, Question, VERSION};
 use crate::core::position::{History, Position};
 use crate::core::ring::Reader;
 use crate::core::tracker::Tracker;
 use pgrx::prelude::*;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -102,10 +102,14 @@ struct Database {
     /// When the last round of pruning was done, since 1970.
     pruned: Option<Duration>,
     replays: HashMap<u64, replays::Answer>,
+    /// Asked on behalf of single clients; one is answered in a turn, so that what is committed does not wait for all.
+    questions: VecDeque<(u64, Question)>,
     poison_logged: bool,
     unnotified_logged: bool,
     /// The warning that holds.
     complaint: String,
+    /// When a client was last not answered, as the log has it.
+    complained_at: Option<Instant>,
     jobs: runner::Dispatcher,
 }
 
@@ -232,9 +236,11 @@ impl Database {
             next_prune: now + PRUNE,
             pruned: None,
             replays: HashMap::new(),
+            questions: VecDeque::new(),
             poison_logged: false,
             unnotified_logged: false,
             complaint: String::new(),
+            complained_at: None,
             jobs: runner::Dispatcher::new(shared, oid),
         }
     }
@@ -249,6 +255,9 @@ impl Database {
                 self.keep_pace();
                 self.slot.wake.swap(false, Ordering::AcqRel);
                 self.dispatch();
+            }
+            if let Some((query, question)) = self.questions.pop_front() {
+                self.answer(query, question);
             }
             if self.slot.jobs.swap(false, Ordering::AcqRel) || self.jobs.due() {
                 self.jobs.dispatch();
@@ -295,6 +304,7 @@ impl Database {
 
     fn sleep(&self) {
         let busy = (self.look_due || self.slot.wake.load(Ordering::Acquire)) && self.can_send();
+        let busy = busy || !self.questions.is_empty();
         let mut until = self.next_look.min(self.next_prune).min(self.next_care).min(self.jobs.next());
         if self.link.is_none() {
             until = self.next_prune.min(self.next_care).min(self.jobs.next()).min(self.next_connect);
@@ -376,7 +386,7 @@ impl Database {
             Command::Recover { request, channels, last } => self.recover(request, channels, last),
             Command::More { request } => self.go_on(request),
             Command::Forget { request } => drop(self.replays.remove(&request)),
-            Command::Query { query, question } => self.answer(query, question),
+            Command::Query { query, question } => self.questions.push_back((query, question)),
             Command::Connections(_) | Command::Disconnected(_) => {}
         }
     }
@@ -410,5 +420,6 @@ impl Database {
         self.link = None;
         self.resumed = false;
         self.replays.clear();
+        self.questions.clear();
     }
 }

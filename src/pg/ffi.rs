@@ -38,7 +38,7 @@ unsafe extern "C-unwind" {
     pub fn ProcessNotifyInterrupt(flush: bool);
     pub fn DiscardCommand(statement: *mut pg_sys::DiscardStmt, is_top_level: bool);
     pub fn die(signal: c_int);
-    pub fn enable_timeout_after(id: c_int, delay_ms: c_int);
+    pub fn enable_timeout_every(id: c_int, end: pg_sys::TimestampTz, delay_ms: c_int);
     pub fn disable_timeout(id: c_int, keep_indicator: bool);
     #[cfg_attr(feature = "pg18", link_name = "pqsignal_be")]
     pub fn pqsignal(signal: c_int, handler: Option<unsafe extern "C-unwind" fn(c_int)>);

@@ -16,7 +16,7 @@ const AT_ONCE: usize = 4;
 const AHEAD: usize = 4 * AT_ONCE;
 
 /// Queries that one database works on at once.
-const QUERIES: usize = 16;
+const QUERIES: usize = 2;
 
 /// One database.
 #[derive(Default)]

@@ -35,19 +35,24 @@ impl Reactor {
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         let Some(websocket) = connection.websocket() else { return };
         let authority = &websocket.admission.authority;
-        let Authority::Token(claims) = authority else {
-            connection.subscribing = Some(Box::new((channels, last)));
-            return self.ask_again(slot);
-        };
         let parsed = protocol::channels(&channels, authority.database_name(), true);
         let id = connection.id;
-        let channels = match parsed {
-            Ok(channels) => channels,
+        let parsed = match parsed {
+            Ok(parsed) => parsed,
             Err(reason) => {
                 let text = format!("ignored a message of connection {id}: {reason}");
                 return self.main.log(LogLevel::Debug, text, None);
             }
         };
+        let Authority::Token(claims) = authority else {
+            if parsed.len() > CHANNELS_MAX {
+                let reason = format!("more than {CHANNELS_MAX} channels");
+                return self.close(slot, &Close::new(CloseCode::TooBig, reason));
+            }
+            connection.subscribing = Some(Box::new((channels, last)));
+            return self.ask_again(slot);
+        };
+        let channels = parsed;
         if let Some(channel) = channels.iter().find(|channel| !claims.allows(channel)) {
             let reason = format!("channel not allowed: {}", channel.as_str());
             return self.close(slot, &Close::new(CloseCode::Forbidden, reason));
@@ -108,16 +113,11 @@ impl Reactor {
         for run in batch.runs() {
             let mut receivers = std::mem::take(&mut self.receivers);
             self.hub.dispatch(batch.database, run.notifications, self.env.now, &mut receivers);
-            if !receivers.is_empty() {
-                Counters::add(&self.env.counters.frames_sent, receivers.len());
-                if batch.committed > 0 {
-                    self.dispatched.push((batch.committed, receivers.len() * run.notifications.len()));
-                }
-                Counters::add(&self.env.counters.notifications_sent, receivers.len() * run.notifications.len());
-            }
+            let mut websockets = 0;
             for slot in &receivers {
                 match self.get(*slot).and_then(Connection::waiting) {
                     None => {
+                        websockets += 1;
                         let agreement = self.agreement(*slot);
                         self.send(*slot, run.frame_for(agreement));
                     }
@@ -125,8 +125,16 @@ impl Reactor {
                         if !waiting.has_found() {
                             answerable.push(*slot);
                         }
-                        waiting.found(run.notifications);
+                        waiting.found(run);
                     }
+                }
+            }
+            if websockets > 0 {
+                let count = websockets * run.notifications.len();
+                Counters::add(&self.env.counters.frames_sent, websockets);
+                Counters::add(&self.env.counters.notifications_sent, count);
+                if batch.committed > 0 {
+                    self.dispatched.push((batch.committed, count));
                 }
             }
             self.receivers = receivers;
@@ -167,7 +175,7 @@ impl Reactor {
         let Some((slot, owed)) = self.hub.recovered(request, notifications, more, self.env.now) else { return };
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         if let Some(waiting) = connection.waiting() {
-            waiting.found(&owed);
+            waiting.found_page(&owed);
             connection.replays.answered(request, more, owed.is_empty());
             return self.page_for_request(slot, more);
         }

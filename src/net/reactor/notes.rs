@@ -5,6 +5,7 @@ use crate::core::hub::Slot;
 use crate::core::link;
 use crate::core::protocol::{Close, CloseCode};
 use crate::core::settings::{Database, Settings};
+use crate::net::auth::Authority;
 use crate::net::bridge::{Note, ToNet};
 use std::sync::Arc;
 
@@ -90,7 +91,7 @@ impl Reactor {
         let same_secret = settings.token_secret == self.env.settings.token_secret;
         self.env.settings = settings;
         for slot in self.open_slots() {
-            if !same_secret {
+            if !same_secret && self.has_token(slot) {
                 self.close(slot, &Close::new(CloseCode::Unauthorized, "the token's secret was changed"));
             }
             self.mark(slot);
@@ -116,7 +117,18 @@ impl Reactor {
         }
     }
 
-    /// The connections with an open websocket.
+    /// Whether a connection came in by a token.
+    fn has_token(&mut self, slot: Slot) -> bool {
+        let Some(connection) = self.get(slot) else { return false };
+        let websocket = connection.websocket().map(|websocket| &websocket.admission);
+        let is_token = |authority: &Authority| matches!(authority, Authority::Token(_));
+        match websocket {
+            Some(admission) => is_token(&admission.authority),
+            None => connection.waiting().is_some_and(|waiting| is_token(&waiting.admission.authority)),
+        }
+    }
+
+    /// The connections with an open websocket, and the requests that wait for notifications.
     pub(super) fn open_slots(&self) -> Vec<Slot> {
         let open = |slot: &Slot| self.hub.database(*slot).is_some();
         (0..self.connections.len() as Slot).filter(open).collect()

@@ -7,27 +7,27 @@ use crate::core::granted::Granted;
 use crate::core::hub::Slot;
 use crate::core::link::{Answer, Question};
 use crate::core::protocol::{Close, CloseCode};
-use crate::net::asked::{Waiting, Wish};
+use crate::net::asked::{Said, Waiting, Wish};
 use crate::net::auth::Authority;
 use crate::net::bridge::Note;
 use crate::net::connection::Connection;
 use crate::net::counters::Counters;
 use std::sync::atomic::Ordering;
 
-/// What a waiting request is answered with: the bytes, whether the connection ends with it, how many notifications.
-type Said = (Vec<u8>, bool, usize);
-
 impl Reactor {
     /// A request waits: it is asked for what it wants, or for its channels first.
     pub(super) fn asked(&mut self, slot: Slot) {
         let Some(waiting) = self.get(slot).and_then(Connection::waiting) else { return };
+        let channels = match waiting.parsed_channels() {
+            Ok(channels) => channels,
+            Err(reason) => return self.finish(slot, |waiting| waiting.refuse(&reason)),
+        };
         match &waiting.admission.authority {
-            Authority::Token(claims) => match waiting.parsed_channels() {
-                Err(reason) => self.finish(slot, |waiting| waiting.refuse(&reason)),
-                Ok(channels) if channels.iter().all(|channel| claims.allows(channel)) => {
+            Authority::Token(claims) => match channels {
+                channels if channels.iter().all(|channel| claims.allows(channel)) => {
                     self.allowed(slot, channels);
                 }
-                Ok(_) => self.finish(slot, |waiting| waiting.fail(403)),
+                _ => self.finish(slot, |waiting| waiting.fail(403)),
             },
             Authority::Function(asking) => {
                 let headers = asking.headers.to_string();
@@ -78,7 +78,7 @@ impl Reactor {
         let query = self.numbers.request.fetch_add(1, Ordering::Relaxed);
         let Some(connection) = self.get(slot) else { return };
         connection.query = Some(query);
-        self.queries.insert(query, slot);
+        self.queries.insert(query, (slot, database));
         let reactor = self.index;
         match &mut self.front {
             Some(front) => front.links.query(database, reactor, query, question),
@@ -90,10 +90,7 @@ impl Reactor {
     pub(super) fn drop_query(&mut self, slot: Slot) {
         let Some(connection) = self.get(slot) else { return };
         let Some(query) = connection.query.take() else { return };
-        let websocket = connection.websocket().map(|websocket| websocket.admission.authority.database());
-        let database = websocket.or_else(|| connection.waiting().map(|w| w.admission.authority.database()));
-        self.queries.remove(&query);
-        let Some(database) = database else { return };
+        let Some((_, database)) = self.queries.remove(&query) else { return };
         match &mut self.front {
             Some(front) => front.links.drop_query(database, query),
             None => self.tell_front(Note::DropQuery { database, query }),
@@ -108,7 +105,7 @@ impl Reactor {
                 return self.finish_survey();
             }
         }
-        let Some(slot) = self.queries.remove(&query) else { return };
+        let Some((slot, _)) = self.queries.remove(&query) else { return };
         let Some(connection) = self.get(slot).filter(|connection| connection.query == Some(query)) else { return };
         connection.query = None;
         let is_websocket = connection.websocket().is_some();
@@ -128,6 +125,9 @@ impl Reactor {
     fn granted(&mut self, slot: Slot, granted: Granted) {
         let Some(connection) = self.get(slot) else { return };
         let last = connection.asked_last;
+        if let Some(websocket) = connection.websocket_mut() {
+            websocket.let_in();
+        }
         if let Some(websocket) = connection.websocket_mut()
             && let Authority::Function(asking) = &mut websocket.admission.authority
         {
@@ -155,18 +155,19 @@ impl Reactor {
 
     /// A request has waited for as long as it may: a poll finds nothing, anything else failed.
     pub(super) fn waited(&mut self, slot: Slot) {
-        self.finish(slot, |waiting| if waiting.polls() { waiting.answer_found() } else { waiting.fail(503) });
+        let now = self.env.unix_ms;
+        self.finish(slot, |waiting| waiting.answer_late(now));
     }
 
     /// A waiting request gets its answer.
     pub(super) fn finish(&mut self, slot: Slot, answer: impl FnOnce(&Waiting) -> Said) {
         let Some(waiting) = self.get(slot).and_then(Connection::waiting) else { return };
-        let (bytes, close, count) = answer(waiting);
+        let said = answer(waiting);
         // Its subscription ends with the request.
         self.leave(slot);
-        Counters::add(&self.env.counters.notifications_sent, count);
+        Counters::add(&self.env.counters.notifications_sent, said.count);
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
-        connection.answer(bytes, close, &self.env);
+        connection.answer(said, &self.env);
         self.mark(slot);
         // What was sent after the request may have been read already.
         self.come_back(slot);

@@ -8,17 +8,28 @@ use crate::pg::bus;
 use crate::pg::jobs;
 use crate::pg::transaction::{self, Failure};
 use crate::pg::worker;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Between two warnings about what clients were not answered.
+const SELDOM: Duration = Duration::from_secs(60);
 
 impl Database {
     /// Answers a query.
     pub(super) fn answer(&mut self, query: u64, question: Question) {
         worker::report_activity(Some("answering a client"));
         let answer = self.find_out(question).unwrap_or_else(|failure| {
-            self.complain(format!("imbus could not answer a client of database \"{}\": {failure}", self.name));
+            self.complain_seldom(format!("imbus could not answer a client of database \"{}\": {failure}", self.name));
             Answer::Failed
         });
         self.send(&Event::Answered { query, answer });
+    }
+
+    /// Warns, but not so often that those who ask could fill the log.
+    fn complain_seldom(&mut self, text: String) {
+        if self.complained_at.is_none_or(|at| at.elapsed() > SELDOM) {
+            self.complained_at = Some(Instant::now());
+            pgrx::warning!("{text}");
+        }
     }
 
     fn find_out(&mut self, question: Question) -> Result<Answer, Failure> {
@@ -37,7 +48,10 @@ impl Database {
                 Ok(match granted {
                     Ok(granted) => Answer::Authenticated(granted),
                     Err(reason) => {
-                        self.complain(format!("imbus.auth_function of database \"{}\" is wrong: {reason}", self.name));
+                        self.complain_seldom(format!(
+                            "imbus.auth_function of database \"{}\" is wrong: {reason}",
+                            self.name
+                        ));
                         Answer::Failed
                     }
                 })
