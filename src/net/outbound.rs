@@ -104,6 +104,10 @@ impl Outbound {
     }
 
     fn write_some(&self, socket: &mut impl Write) -> io::Result<usize> {
+        if let (1, Some((frame, _))) = (self.frames.len(), self.frames.front()) {
+            // Most often there is one, and one needs no list.
+            return socket.write(frame.get(self.written..).unwrap_or_default());
+        }
         let mut slices = [IoSlice::new(&[]); SLICES];
         let mut skip = self.written;
         let mut count = 0;
