@@ -350,7 +350,14 @@ fn of_subscriptions_during_a_question_the_last_one_counts() {
     let granted = Granted { channels: vec![channel("a")], subject: None };
     worker.send(&Event::Answered { query, answer: Answer::Authenticated(Some(granted)) });
     assert_eq!(grant(&mut worker, &["c"]).1, json!(["c"]));
-    assert_eq!(worker.recover().1, [channel("a")]);
+    // The replay of the first may have been asked for by then, or not.
+    loop {
+        match worker.next() {
+            Some(Command::Recover { channels, .. }) if channels == [channel("c")] => break,
+            Some(Command::Recover { .. } | Command::Forget { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]
