@@ -144,7 +144,7 @@ fn a_method_that_an_endpoint_does_not_take_is_refused() {
             format!("{method} /websocket HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
         let answer = exchange(port, request.as_bytes());
         assert_eq!(status(&answer), 405, "{method}");
-        assert!(answer.contains("\r\nAllow: GET\r\n"), "{answer}");
+        assert!(answer.contains("\r\nAllow: GET, OPTIONS\r\n"), "{answer}");
     }
 }
 
