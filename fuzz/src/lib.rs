@@ -31,7 +31,7 @@ pub fn world() -> &'static World {
             port: 0,
             listen_addresses: Vec::new(),
             io_threads: 1,
-            auth: vec![AuthMethod::Token],
+            auth: vec![AuthMethod::Token, AuthMethod::Function],
             token_secret: SECRET.to_vec(),
             allowed_origins: vec!["http://allowed".to_owned()],
             max_connections: 10,

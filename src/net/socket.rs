@@ -34,6 +34,8 @@ pub struct Socket {
     received: usize,
     /// Only where compressed messages may come.
     inflow: Option<Box<Inflow>>,
+    /// Found in what came; what came before it is handed on first.
+    found: Option<Fault>,
     fault: Option<Fault>,
 }
 
@@ -56,6 +58,7 @@ impl Socket {
             frames: 0,
             received: 0,
             inflow: None,
+            found: None,
             fault: None,
         }
     }
@@ -185,6 +188,10 @@ impl Socket {
                 0 => self.check_budget()?,
                 count => return Ok(count),
             }
+            if let Some(fault) = self.found {
+                self.fault = Some(fault);
+                return Err(ErrorKind::InvalidData.into());
+            }
             if inflow.is_dry() {
                 let mut raw = [0; 4096];
                 let count = self.read_raw(&mut raw)?;
@@ -193,12 +200,13 @@ impl Socket {
                 }
                 inflow.feed(raw.get(..count).unwrap_or_default());
             }
-            let step = inflow.step().map_err(|fault| {
-                self.fault = Some(fault);
-                ErrorKind::InvalidData
-            })?;
-            self.frames += step.frames;
-            self.budget = self.budget.saturating_sub(step.inflated);
+            match inflow.step() {
+                Ok(step) => {
+                    self.frames += step.frames;
+                    self.budget = self.budget.saturating_sub(step.inflated);
+                }
+                Err(fault) => self.found = Some(fault),
+            }
         }
     }
 }

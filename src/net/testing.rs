@@ -2,11 +2,14 @@
 //! gateway whose websockets answer with what they hear. Behind feature `testing`; no build that is installed has it.
 
 use super::Env;
+use super::asked::{Said, Waiting, Wish};
 use super::connection::{Connection, Turn};
+use super::deflate;
 use super::http::{self, Served};
 use super::outbound::Flow;
 use super::socket::Socket;
 use super::websocket::Text;
+use crate::core::link::Answer;
 use crate::core::protocol::Frame;
 use crate::core::settings::{Database, Settings};
 use mio::net::TcpStream;
@@ -65,6 +68,9 @@ pub(super) fn echo(socket: &mut Socket, text: &Text) -> Turn {
     }
     frame.extend(payload);
     let frame: Frame = frame.into();
+    // Only texts are ever sent compressed.
+    let packs = first == 0x81 && socket.deflate.is_some_and(|agreement| agreement.takes(&frame));
+    let frame = if packs { deflate::twin(&frame).unwrap_or(frame) } else { frame };
     // It never fails: an overflow is noticed at the next read.
     let _ = socket.write(&frame);
     Turn::Done
@@ -199,8 +205,8 @@ impl Visitor {
             match self.connection.read(env) {
                 Turn::Wait => break false,
                 Turn::Again => break true,
-                // Nobody answers what is asked here.
-                Turn::Done | Turn::Closing | Turn::Asked | Turn::Waited => {}
+                Turn::Done | Turn::Closing | Turn::Waited => {}
+                Turn::Asked => self.answer(env),
                 Turn::Opened => self.visit.opened = true,
                 Turn::Subscribe { channels, last } => self.visit.heard.push(Heard::Subscribe { channels, last }),
                 Turn::Ignored(reason) => self.visit.heard.push(Heard::Ignored(reason)),
@@ -221,11 +227,35 @@ impl Visitor {
         }
     }
 
+    /// The request that waits gets its answer at once.
+    fn answer(&mut self, env: &Env) {
+        let Some(waiting) = self.connection.waiting() else { return };
+        let said = said(waiting);
+        self.connection.answer(said, env);
+    }
+
     /// Takes in what the client was sent. True when there was something.
     fn receive(&mut self) -> bool {
         let before = self.visit.sent.len();
         // Ends with "would block", which is no matter.
         let _ = self.client.read_to_end(&mut self.visit.sent);
         self.visit.sent.len() > before
+    }
+}
+
+/// What a request gets whose database answers at once, and has no notification.
+fn said(waiting: &mut Waiting) -> Said {
+    let channels = match waiting.parsed_channels() {
+        Ok(channels) => channels,
+        Err(reason) => return waiting.refuse(&reason),
+    };
+    match waiting.wish {
+        Wish::Notifications { .. } => {
+            waiting.subscribed(&channels);
+            waiting.answer_found()
+        }
+        Wish::Missed { last } => waiting.answer(&Answer::Missed(last % 2 == 0)),
+        Wish::Vacuum => waiting.answer(&Answer::Vacuum { last: None, next: 1_700_000_000_000_000 }),
+        Wish::Metrics => waiting.answer_text("imbus_up 1\n".to_owned()),
     }
 }

@@ -10,9 +10,22 @@ import fnmatch
 import sys
 
 from kosoku import FailureError, run_fuzzingclient
+from kosoku.cases import CASES
 
 # Ways to close that show no fault of the server's.
 HARMLESS = {"OK", "NON-STRICT", "INFORMATIONAL"}
+
+
+def mend_cases():
+    """The compression cases hash what they hear, which kosoku 0.1.0 hands on as a str of code points 0 to 255 where the
+    server has not compressed it; not all that may be compressed has to be."""
+    for case, cls in CASES.items():
+        if case.split(".")[0] in ("12", "13"):
+            cls.onMessage = as_bytes(cls.onMessage)
+
+
+def as_bytes(heard):
+    return lambda self, msg, binary: heard(self, msg.encode("latin-1") if isinstance(msg, str) else msg, binary)
 
 
 def known(path):
@@ -31,6 +44,7 @@ async def run(url, cases):
 
 def main():
     url, expected, cases = sys.argv[1], known(sys.argv[2]), sys.argv[3:]
+    mend_cases()
     results = asyncio.run(run(url, cases))
     counts, closes = collections.Counter(), collections.Counter()
     bad, better = [], collections.Counter()
