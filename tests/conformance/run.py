@@ -17,15 +17,20 @@ HARMLESS = {"OK", "NON-STRICT", "INFORMATIONAL"}
 
 
 def mend_cases():
-    """The compression cases hash what they hear, which kosoku 0.1.0 hands on as a str of code points 0 to 255 where the
-    server has not compressed it; not all that may be compressed has to be."""
+    """The compression cases hash what they hear, which kosoku 0.1.0 hands on as a str (of text, or of code points 0 to
+    255) where the server has not compressed it; not all that may be compressed has to be."""
     for case, cls in CASES.items():
         if case.split(".")[0] in ("12", "13"):
             cls.onMessage = as_bytes(cls.onMessage)
 
 
 def as_bytes(heard):
-    return lambda self, msg, binary: heard(self, msg.encode("latin-1") if isinstance(msg, str) else msg, binary)
+    def hear(self, msg, binary):
+        if isinstance(msg, str):
+            msg = msg.encode("latin-1" if binary else "utf-8")
+        heard(self, msg, binary)
+
+    return hear
 
 
 def known(path):
