@@ -25,6 +25,9 @@ const FRAME_TEXT: usize = 64 * 1024;
 /// Channels one connection may subscribe to; an Odoo user has some dozens.
 pub const CHANNELS_MAX: usize = 10_000;
 
+/// The longest data of an update of presence, in bytes: some list who else is looked at.
+const PRESENCE_MAX: usize = 64 * 1024;
+
 /// Why a websocket ends (ODOO_BUS, close codes; 44xx are imbus's own).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -43,6 +46,8 @@ pub enum CloseCode {
     Restart = 1012,
     /// Too many frames, or too slow in reading them; come back later.
     TryLater = 1013,
+    /// Odoo's SESSION_EXPIRED: the session has ended, or is somebody else's.
+    SessionExpired = 4001,
     /// Odoo's KEEP_ALIVE_TIMEOUT: come back at once.
     KeepAlive = 4002,
     /// No valid proof of who this is.
@@ -175,6 +180,8 @@ pub enum Message {
     /// Replace the subscription by these channels (a JSON array, see [`channels`]); `last` is the greatest id the client
     /// says it has, 0 for none.
     Subscribe { channels: String, last: i64 },
+    /// How long the user has been away: a JSON object, for Odoo.
+    Presence { data: String },
     /// Anything else Odoo's client sends; nothing to do.
     Other,
 }
@@ -204,6 +211,10 @@ pub fn parse(text: &str) -> Result<Message, String> {
         return Err("a message must be an object".to_owned());
     }
     let envelope: Envelope = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    if envelope.event_name == "update_presence" {
+        let data = envelope.data.map(RawValue::get).filter(|data| data.starts_with('{') && data.len() <= PRESENCE_MAX);
+        return data.map(|data| Message::Presence { data: data.to_owned() }).ok_or("no presence in it".to_owned());
+    }
     if envelope.event_name != "subscribe" {
         return Ok(Message::Other);
     }

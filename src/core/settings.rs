@@ -8,6 +8,8 @@ use std::time::Duration;
 pub enum AuthMethod {
     /// A signed token says what its bearer may subscribe to.
     Token,
+    /// Odoo itself says it, of the request's cookies.
+    Odoo,
     /// A function of the database named in `?db=` says it.
     Function,
 }
@@ -22,6 +24,12 @@ pub struct Settings {
     /// Reactor threads (fixed at start).
     pub io_threads: usize,
     pub auth: Vec<AuthMethod>,
+    /// Where Odoo itself is reached: `http://host:port`.
+    pub odoo_url: String,
+    /// Calls of Odoo at once.
+    pub odoo_concurrency: usize,
+    /// Age at which what Odoo said of a session is asked again; zero for never.
+    pub session_recheck: Duration,
     /// Key of the tokens (HS256).
     pub token_secret: Vec<u8>,
     /// Origins accepted besides the request's own host (`https://odoo.example.com`, or `*` for any).

@@ -1,9 +1,11 @@
 //! A request that waits for somebody else: for a database to answer, or for something to happen. Decides how the answer
 //! is put into JSON; knows no sockets.
 
-use super::auth::Admission;
+use super::auth::{Admission, Authority, Known};
 use super::batch::Run;
+use super::handshake::Opening;
 use super::http::{Reply, Response};
+use super::odoo::Question;
 use crate::core::channel::Channel;
 use crate::core::hub::Moment;
 use crate::core::link::Answer;
@@ -13,6 +15,9 @@ use crate::core::{json, rpc};
 
 /// How long a poll waits for a notification, in milliseconds (Odoo's TIMEOUT of 50 s, bus/models/bus.py).
 const POLL_WAIT: Moment = 50_000;
+
+/// How long Odoo may take to answer, in milliseconds, with the time in the line (core/line.rs).
+const ODOO_WAIT: Moment = 60_000;
 
 /// How long a database may take to answer, in milliseconds.
 const ANSWER_WAIT: Moment = 10_000;
@@ -44,6 +49,10 @@ pub enum Wish {
     Vacuum,
     /// The text of `/metrics`.
     Metrics,
+    /// A websocket, as soon as Odoo has said who it is.
+    Open(Box<Opening>),
+    /// What Odoo itself answers to this call, a JSON text.
+    Forward { path: &'static str, body: String },
 }
 
 /// A request that waits.
@@ -102,6 +111,7 @@ impl Waiting {
     pub fn patience(&self, now: i64) -> Moment {
         let proof = self.admission.authority.expires().saturating_mul(1000).saturating_sub(now).max(0).unsigned_abs();
         let most = match self.wish {
+            _ if matches!(&self.admission.authority, Authority::Odoo(vouched) if vouched.known.is_none()) => ODOO_WAIT,
             Wish::Notifications { waits: true, .. } => POLL_WAIT,
             _ => ANSWER_WAIT,
         };
@@ -117,8 +127,47 @@ impl Waiting {
     pub fn channels(&self) -> &str {
         match &self.wish {
             Wish::Notifications { channels, .. } => channels,
-            Wish::Missed { .. } | Wish::Vacuum | Wish::Metrics => "[]",
+            Wish::Missed { .. } | Wish::Vacuum | Wish::Metrics | Wish::Open(_) | Wish::Forward { .. } => "[]",
         }
+    }
+
+    /// Who comes in, and the websocket that opens (see [`Wish::Open`]); an empty one where none was asked for.
+    pub fn into_opening(self) -> (Admission, Opening) {
+        let opening = if let Wish::Open(opening) = self.wish { *opening } else { Opening::default() };
+        (self.admission, opening)
+    }
+
+    /// What Odoo is asked on its behalf.
+    pub fn for_odoo(&self) -> Question {
+        match &self.wish {
+            Wish::Forward { path, body } => Question::Forward { path, body: body.clone() },
+            Wish::Notifications { last, .. } => {
+                Question::Channels { channels: self.channels().to_owned(), last: *last }
+            }
+            _ => Question::Channels { channels: "[]".to_owned(), last: 0 },
+        }
+    }
+
+    /// Odoo knows it, and sets these cookies (values of `Set-Cookie`).
+    pub fn vouched_for(&mut self, known: Known, set_cookies: &[String]) {
+        let cookies = set_cookies.iter().map(|value| ("Set-Cookie", value.clone()));
+        self.reply.headers.extend(cookies);
+        if let Authority::Odoo(vouched) = &mut self.admission.authority {
+            vouched.known = Some(known);
+        }
+    }
+
+    /// Odoo's own answer, JSON.
+    pub fn forwarded(&self, body: String, set_cookies: &[String]) -> Said {
+        let mut response = Response::json(200, body);
+        response.headers.extend(set_cookies.iter().map(|value| ("Set-Cookie", value.clone())));
+        self.put(response)
+    }
+
+    /// The answer to a call of a session that has ended, as Odoo gives it.
+    pub fn expired(&self) -> Said {
+        let name = "odoo.http.SessionExpiredException";
+        self.put(Response::json(200, rpc::error(&self.id, 100, "Odoo Session Expired", name)))
     }
 
     /// The channels it asks for.
@@ -126,7 +175,8 @@ impl Waiting {
     /// # Errors
     /// Why they are none.
     pub fn parsed_channels(&self) -> Result<Vec<Channel>, String> {
-        let channels = protocol::channels(self.channels(), self.admission.authority.database_name(), true)?;
+        let arrays = !matches!(self.admission.authority, Authority::Odoo(_));
+        let channels = protocol::channels(self.channels(), self.admission.authority.database_name(), arrays)?;
         if channels.len() > CHANNELS_MAX { Err(format!("more than {CHANNELS_MAX} channels")) } else { Ok(channels) }
     }
 

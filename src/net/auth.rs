@@ -3,6 +3,7 @@
 
 use super::Env;
 use super::http::Request;
+use super::visitor::Visitor;
 use crate::core::error::Error;
 use crate::core::protocol::{Close, CloseCode};
 use crate::core::settings::{AuthMethod, Database};
@@ -24,6 +25,8 @@ pub enum Authority {
     Token(Claims),
     /// A function of its database, at each subscribe.
     Function(Box<Asking>),
+    /// Odoo, at each subscribe.
+    Odoo(Box<Vouched>),
     /// Nobody: it looks at the gateway itself, until then (Unix seconds), and subscribes to nothing.
     Watcher { until: i64 },
 }
@@ -37,12 +40,32 @@ pub struct Asking {
     pub subject: Option<String>,
 }
 
+/// A client that Odoo is asked about.
+pub struct Vouched {
+    pub visitor: Visitor,
+    /// What Odoo has said.
+    pub known: Option<Known>,
+    /// What it said of its presence before Odoo knew it.
+    pub presence: Option<String>,
+    /// Cookies that its browser has to be given.
+    pub set_cookies: Vec<String>,
+}
+
+/// Somebody Odoo knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub database: Database,
+    /// Who it is; None is the public.
+    pub subject: Option<String>,
+}
+
 impl Authority {
-    /// The client's database.
+    /// The client's database; 0 while it is not known.
     pub fn database(&self) -> u32 {
         match self {
             Authority::Token(claims) => claims.oid,
             Authority::Function(asking) => asking.database.oid,
+            Authority::Odoo(vouched) => vouched.known.as_ref().map_or(0, |known| known.database.oid),
             Authority::Watcher { .. } => 0,
         }
     }
@@ -57,6 +80,7 @@ impl Authority {
         match self {
             Authority::Token(claims) => &claims.db,
             Authority::Function(asking) => &asking.database.name,
+            Authority::Odoo(vouched) => vouched.known.as_ref().map_or("", |known| known.database.name.as_str()),
             Authority::Watcher { .. } => "",
         }
     }
@@ -66,6 +90,7 @@ impl Authority {
         match self {
             Authority::Token(claims) => claims.sub.as_deref(),
             Authority::Function(asking) => asking.subject.as_deref(),
+            Authority::Odoo(vouched) => vouched.known.as_ref()?.subject.as_deref(),
             Authority::Watcher { .. } => None,
         }
     }
@@ -74,7 +99,7 @@ impl Authority {
     pub fn expires(&self) -> i64 {
         match self {
             Authority::Token(claims) => claims.exp,
-            Authority::Function(_) => i64::MAX,
+            Authority::Function(_) | Authority::Odoo(_) => i64::MAX,
             Authority::Watcher { until } => *until,
         }
     }
@@ -91,6 +116,7 @@ pub fn admit(request: &Request, env: &Env) -> Result<Admission, Close> {
         let result = match method {
             AuthMethod::Token => by_token(request, env),
             AuthMethod::Function => by_function(request, env),
+            AuthMethod::Odoo => Ok(by_odoo(request, env)),
         };
         match result {
             Ok(authority) => return Ok(Admission { authority, user_agent: user_agent(request) }),
@@ -162,6 +188,20 @@ fn by_function(request: &Request, env: &Env) -> Result<Authority, Refusal> {
         // Nothing that tells whether there is such a database.
         None => Err(refuse("refused")),
     }
+}
+
+/// Whoever it is, Odoo is asked: it knows the public too.
+fn by_odoo(request: &Request, env: &Env) -> Authority {
+    let visitor = Visitor::new(request);
+    let set_cookies = env.handovers.of(&visitor, env);
+    let visitor = if set_cookies.is_empty() { visitor } else { visitor.with(&set_cookies) };
+    Authority::Odoo(Box::new(Vouched { visitor, known: None, presence: None, set_cookies }))
+}
+
+/// Who asks for what only Odoo has an answer to; None where Odoo is not asked at all.
+pub fn odoo_only(request: &Request, env: &Env) -> Option<Admission> {
+    let is_asked = env.settings.auth.contains(&AuthMethod::Odoo);
+    is_asked.then(|| Admission { authority: by_odoo(request, env), user_agent: user_agent(request) })
 }
 
 /// The headers of a request as a JSON object: names in lower case, several of one name joined as RFC 9110 says.

@@ -3,11 +3,14 @@
 
 use super::batch::Batch;
 use super::counters::Counters;
+use super::odoo::{Outcome, Said};
 use super::reactor::{Parts, Reactor};
 use super::replays::Ask;
 use super::status::{Gauges, Snapshot};
+use super::visitor::Handovers;
 use crate::core::link::{Answer, Connection, Question};
 use crate::core::notification::Notification;
+use crate::core::protocol::Close;
 use crate::core::settings::{Database, Settings};
 use crate::core::status;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded, unbounded};
@@ -144,6 +147,18 @@ pub(super) enum Note {
         query: u64,
         question: Question,
     },
+    /// To reactor 0's desk for Odoo.
+    Odoo(Said),
+    /// What came of a question of a connection of this reactor.
+    OdooSaid {
+        query: u64,
+        outcome: Box<Outcome>,
+    },
+    /// Close these connections if you have them.
+    Part {
+        ids: Arc<[i64]>,
+        close: Close,
+    },
     /// To reactor 0: somebody looks at the gateway itself.
     WantSurvey,
     /// Say what you have; the answer goes to reactor 0.
@@ -272,6 +287,7 @@ impl Net {
         let (alive, ended) = bounded(0);
         let wake: Arc<dyn Fn() + Send + Sync> = Arc::from(start.wake_main);
         let census: Arc<Census> = Arc::from(start.census);
+        let handovers: Arc<Handovers> = Arc::default();
         let (counters, numbers) = (Arc::new(Counters::default()), Arc::new(Numbers::default()));
         let (mut peers, mut rooms) = (Vec::new(), Vec::new());
         for _ in 0..start.settings.io_threads.max(1) {
@@ -295,6 +311,7 @@ impl Net {
                 settings: start.settings.clone(),
                 databases: start.databases.clone(),
                 counters: net.counters.clone(),
+                handovers: handovers.clone(),
                 start: clock,
                 link_path: start.link_path.clone(),
             };

@@ -4,6 +4,7 @@
 use super::Env;
 use super::asked::{Said, Waiting};
 use super::counters::{Counters, Rejection};
+use super::handshake::Upgrade;
 use super::http::{self, Served};
 use super::outbound::{Flow, Full, Kind};
 use super::replays::Replays;
@@ -51,6 +52,8 @@ pub struct Connection {
     pub subscribing: Option<Box<(String, i64)>>,
     /// The last id it said when its channels were asked for.
     pub asked_last: i64,
+    /// Whether the desk for Odoo knows of it.
+    pub here: bool,
     /// Whether it counts as an open websocket.
     pub counted: bool,
     /// Whether it is in the reactor's list of those to be written to.
@@ -112,6 +115,8 @@ pub enum Turn {
     Opened,
     /// The client subscribes.
     Subscribe { channels: String, last: i64 },
+    /// What the client says of its user's presence.
+    Presence(String),
     /// A request waits for its answer.
     Asked,
     /// It has waited for as long as it may.
@@ -137,6 +142,7 @@ impl Connection {
             query: None,
             subscribing: None,
             asked_last: 0,
+            here: false,
             counted: false,
             dirty: false,
             again: false,
@@ -167,6 +173,13 @@ impl Connection {
         match &mut self.stage {
             Stage::Http(http) => http.waiting.as_deref_mut(),
             _ => None,
+        }
+    }
+
+    /// The request that waits may wait anew: it is known now who it is.
+    pub fn be_patient(&mut self, env: &Env) {
+        if let Stage::Http(Http { waiting: Some(waiting), .. }) = &self.stage {
+            self.deadline = env.now.saturating_add(waiting.patience(env.unix_ms));
         }
     }
 
@@ -201,6 +214,7 @@ impl Connection {
                     let text = text.as_str().ok_or_else(|| "a binary message that is no UTF-8".to_owned());
                     match text.and_then(protocol::parse) {
                         Ok(Message::Subscribe { channels, last }) => Turn::Subscribe { channels, last },
+                        Ok(Message::Presence { data }) => Turn::Presence(data),
                         Ok(Message::Other) => Turn::Done,
                         Err(reason) => Turn::Ignored(reason),
                     }
@@ -306,21 +320,35 @@ impl Connection {
                 }
                 Served::Upgraded { consumed, upgrade } => {
                     let rest = http.buffer.get(consumed..).unwrap_or_default().to_vec();
-                    self.socket.say(upgrade.response.into());
-                    let rest = self.socket.begin_frames(rest, upgrade.deflate);
-                    return Some(match upgrade.admission {
-                        Ok(admission) => {
-                            self.stage = Stage::Open(Box::new(Websocket::new(admission, rest, env.now)));
-                            Turn::Opened
-                        }
-                        Err(close) => {
-                            self.socket.say(close.frame());
-                            self.end(env)
-                        }
-                    });
+                    return Some(self.upgrade(*upgrade, rest, env));
                 }
             }
         }
+    }
+
+    /// Becomes a websocket; `rest` came after the request.
+    fn upgrade(&mut self, upgrade: Upgrade, rest: Vec<u8>, env: &Env) -> Turn {
+        self.socket.say(upgrade.response.into());
+        let rest = self.socket.begin_frames(rest, upgrade.deflate);
+        match upgrade.admission {
+            Ok(admission) => {
+                self.stage = Stage::Open(Box::new(Websocket::new(admission, rest, env.now)));
+                Turn::Opened
+            }
+            Err(close) => {
+                self.socket.say(close.frame());
+                self.end(env)
+            }
+        }
+    }
+
+    /// The websocket that a request waits for opens, or not.
+    pub fn open_late(&mut self, opening: impl FnOnce(Waiting) -> Upgrade, env: &Env) -> Turn {
+        let Stage::Http(http) = &mut self.stage else { return Turn::Wait };
+        let Some(waiting) = http.waiting.take() else { return Turn::Wait };
+        let rest = std::mem::take(&mut http.buffer);
+        Counters::add(&env.counters.requests, 1);
+        self.upgrade(opening(*waiting), rest, env)
     }
 
     /// Ends the connection after what waits in its queue.

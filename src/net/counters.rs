@@ -99,6 +99,14 @@ pub struct Counters {
     pub closed_by_policy: AtomicU64,
     /// Subscriptions that had to be recovered.
     pub recoveries: AtomicU64,
+    /// Calls made to Odoo.
+    pub odoo_calls: AtomicU64,
+    /// Calls of Odoo that wait in the line now.
+    pub odoo_waiting: AtomicU64,
+    /// Sessions of Odoo's with an open websocket now.
+    pub odoo_sessions: AtomicU64,
+    /// Calls of Odoo that had no answer.
+    pub odoo_failures: AtomicU64,
     /// Clients turned away, by [`Rejection`].
     rejected: [AtomicU64; REJECTIONS.len()],
     /// Notifications sent, by the time from their commit until they were handed to the kernel.
@@ -176,7 +184,7 @@ impl Rejection {
     /// What a close with this code stands for, if it turns somebody away.
     pub(super) fn of_close(code: CloseCode) -> Option<Rejection> {
         match code {
-            CloseCode::Unauthorized => Some(Rejection::Unauthorized),
+            CloseCode::Unauthorized | CloseCode::SessionExpired => Some(Rejection::Unauthorized),
             CloseCode::Forbidden => Some(Rejection::Forbidden),
             CloseCode::Normal => Some(Rejection::Version),
             CloseCode::TryLater => Some(Rejection::TryLater),

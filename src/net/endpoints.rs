@@ -4,11 +4,12 @@
 use super::Env;
 use super::admin;
 use super::asked::{self, Asked, Wish};
-use super::auth;
+use super::auth::{self, Admission};
 use super::handshake;
 use super::http::{Answer, Request, Response};
+use super::odoo;
 use super::origin;
-use crate::core::protocol::CloseCode;
+use crate::core::protocol::{Close, CloseCode};
 use crate::core::rpc::{self, Call};
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -38,6 +39,8 @@ const ROUTES: &[Route] = &[
     post("/websocket/peek_notifications", peek),
     post("/bus/has_missed_notifications", missed),
     post("/bus/get_autovacuum_info", vacuum),
+    post(odoo::PRESENCE, presence),
+    post(odoo::CLOSED, closed),
     get("/metrics", admin::metrics),
     get("/imbus", admin::page),
     Route { path: "/imbus/live", methods: &["GET", "OPTIONS"], takes_body: false, answer: admin::live },
@@ -96,6 +99,24 @@ fn vacuum(request: &Request, body: &[u8], env: &Env) -> Answer {
     call(request, body, env, |_| Ok(Wish::Vacuum))
 }
 
+/// `{inactivity_period, …}`, for Odoo: what is proxied as `/websocket` comes here too.
+fn presence(request: &Request, body: &[u8], env: &Env) -> Answer {
+    forward(request, body, env, odoo::PRESENCE)
+}
+
+/// `{}`, for Odoo.
+fn closed(request: &Request, body: &[u8], env: &Env) -> Answer {
+    forward(request, body, env, odoo::CLOSED)
+}
+
+fn forward(request: &Request, body: &[u8], env: &Env, path: &'static str) -> Answer {
+    let Some(admission) = auth::odoo_only(request, env) else {
+        return Answer::Response(Response::text(404, "no such endpoint"));
+    };
+    let text = String::from_utf8_lossy(body).into_owned();
+    admitted(request, body, env, |_| Ok(Wish::Forward { path, body: text }), || Ok(admission))
+}
+
 fn wanted(params: &str, waits: bool) -> Result<Wish, String> {
     #[derive(Deserialize)]
     struct Params<'a> {
@@ -115,6 +136,16 @@ fn wanted(params: &str, waits: bool) -> Result<Wish, String> {
 
 /// A JSON-RPC call of somebody who has a proof of who it is.
 fn call(request: &Request, body: &[u8], env: &Env, wish: impl FnOnce(&str) -> Result<Wish, String>) -> Answer {
+    admitted(request, body, env, wish, || auth::admit(request, env))
+}
+
+fn admitted(
+    request: &Request,
+    body: &[u8],
+    env: &Env,
+    wish: impl FnOnce(&str) -> Result<Wish, String>,
+    admit: impl FnOnce() -> Result<Admission, Close>,
+) -> Answer {
     let refuse = |status: u16, text: &str| Answer::Response(Response::text(status, text));
     if !origin::may_ask(request, env) {
         return Answer::Response(origin::refused());
@@ -129,7 +160,7 @@ fn call(request: &Request, body: &[u8], env: &Env, wish: impl FnOnce(&str) -> Re
         Ok(call) => call,
         Err(reason) => return refuse(400, &format!("not a JSON-RPC call: {reason}")),
     };
-    let admission = match auth::admit(request, env) {
+    let admission = match admit() {
         Ok(admission) => admission,
         Err(close) => {
             let status = if close.code == CloseCode::TryLater { 503 } else { 401 };

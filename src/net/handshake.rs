@@ -3,7 +3,8 @@
 //! from the page.
 
 use super::Env;
-use super::auth::{self, Admission};
+use super::asked::{Asked, Wish};
+use super::auth::{self, Admission, Authority};
 use super::counters::{Counters, Rejection};
 use super::deflate::Agreement;
 use super::http::{Answer, Request, Response};
@@ -34,12 +35,48 @@ pub fn answer(request: &Request, _: &[u8], env: &Env) -> Answer {
             return Answer::Response(response);
         }
     };
-    let admission = check_version(request).and_then(|()| auth::admit(request, env));
-    if let Err(close) = &admission {
-        Counters::add(rejected, 1);
-        Rejection::of_close(close.code).into_iter().for_each(|why| env.counters.reject(why));
+    let admission = match check_version(request).and_then(|()| auth::admit(request, env)) {
+        Ok(admission) => admission,
+        Err(close) => {
+            Counters::add(rejected, 1);
+            Rejection::of_close(close.code).into_iter().for_each(|why| env.counters.reject(why));
+            return Answer::Upgrade(Box::new(Upgrade { response, deflate, admission: Err(close) }));
+        }
+    };
+    let response = match &admission.authority {
+        // The session that Odoo gives it goes into the 101 (SPEC section 11).
+        Authority::Odoo(vouched) if vouched.visitor.session().is_none() => {
+            let wish = Wish::Open(Box::new(Opening { response, deflate }));
+            return Answer::Ask(Box::new(Asked { admission, wish, id: "null".to_owned(), position: None }));
+        }
+        Authority::Odoo(vouched) => with_cookies(response, &vouched.set_cookies),
+        _ => response,
+    };
+    Answer::Upgrade(Box::new(Upgrade { response, deflate, admission: Ok(admission) }))
+}
+
+/// A websocket that opens when it is known who comes in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opening {
+    response: Vec<u8>,
+    deflate: Option<Agreement>,
+}
+
+impl Opening {
+    /// Opens it, with these values of `Set-Cookie`, or closes it at once.
+    pub fn open(self, admission: Result<Admission, Close>, set_cookies: &[String]) -> Upgrade {
+        Upgrade { response: with_cookies(self.response, set_cookies), deflate: self.deflate, admission }
     }
-    Answer::Upgrade(Box::new(Upgrade { response, deflate, admission }))
+}
+
+/// A 101 that sets cookies too.
+fn with_cookies(mut response: Vec<u8>, set_cookies: &[String]) -> Vec<u8> {
+    response.truncate(response.len().saturating_sub(2));
+    for value in set_cookies {
+        response.extend_from_slice(format!("Set-Cookie: {value}\r\n").as_bytes());
+    }
+    response.extend_from_slice(b"\r\n");
+    response
 }
 
 /// The 101 to a request for a websocket, and what is agreed on compressed messages.

@@ -58,7 +58,7 @@ pub struct Reply {
     is_head: bool,
     /// Whether the connection ends with it.
     pub close: bool,
-    headers: Vec<(&'static str, String)>,
+    pub headers: Vec<(&'static str, String)>,
 }
 
 /// What became of the bytes in a connection's buffer.

@@ -152,6 +152,11 @@ impl Links {
         self.desks.get(&database).is_some_and(|desk| desk.link.is_some())
     }
 
+    /// The greatest id that was dispatched from a database, 0 where none was.
+    pub fn greatest(&self, database: u32) -> i64 {
+        self.desks.get(&database).and_then(|desk| desk.position.as_ref()).map_or(0, |position| position.high)
+    }
+
     /// Nobody waits for the answer to this query any more.
     pub fn drop_query(&mut self, database: u32, query: u64) {
         if let Some(desk) = self.desks.get_mut(&database) {

@@ -20,6 +20,7 @@ mod http;
 mod link;
 mod links;
 mod listener;
+mod odoo;
 mod origin;
 mod outbound;
 mod reactor;
@@ -30,6 +31,7 @@ mod survey;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod timers;
+mod visitor;
 mod websocket;
 
 use crate::core::hub::Moment;
@@ -37,12 +39,14 @@ use crate::core::settings::{Database, Settings};
 use counters::Counters;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use visitor::Handovers;
 
 /// What a connection needs to know of the world, kept by its reactor and brought up to date once a turn.
 struct Env {
     settings: Arc<Settings>,
     databases: Arc<Vec<Database>>,
     counters: Arc<Counters>,
+    handovers: Arc<Handovers>,
     start: Instant,
     /// Milliseconds since the threads started.
     now: Moment,
@@ -52,7 +56,8 @@ struct Env {
 
 impl Env {
     fn new(settings: Arc<Settings>, databases: Arc<Vec<Database>>, counters: Arc<Counters>, start: Instant) -> Env {
-        let mut env = Env { settings, databases, counters, start, now: 0, unix_ms: 0 };
+        let handovers = Arc::default();
+        let mut env = Env { settings, databases, counters, handovers, start, now: 0, unix_ms: 0 };
         env.tick();
         env
     }

@@ -5,6 +5,7 @@
 mod delivery;
 mod doors;
 mod notes;
+mod odoo;
 mod requests;
 mod watching;
 
@@ -13,8 +14,10 @@ use super::bridge::{Census, LogLevel, MainLine, Note, Numbers, Peer, WAKER};
 use super::connection::{Connection, Turn};
 use super::counters::Counters;
 use super::front::{CONNECTIONS, Front};
+use super::odoo::Odoo;
 use super::outbound::Flow;
 use super::timers::Timers;
+use super::visitor::Handovers;
 use crate::core::hub::{Hub, Moment, Slot};
 use crate::core::protocol::{Close, CloseCode};
 use crate::core::settings::{Database, Settings};
@@ -48,6 +51,7 @@ pub struct Parts {
     pub settings: Arc<Settings>,
     pub databases: Arc<Vec<Database>>,
     pub counters: Arc<Counters>,
+    pub handovers: Arc<Handovers>,
     pub start: Instant,
     pub link_path: PathBuf,
 }
@@ -72,8 +76,8 @@ pub struct Reactor {
     /// Connections with something to read that had their turn.
     again: Vec<Slot>,
     receivers: Vec<Slot>,
-    /// Who waits for the answer to which query, and the database it went to.
-    queries: HashMap<u64, (Slot, u32)>,
+    /// Who waits for the answer to which query, and whom it went to.
+    queries: HashMap<u64, (Slot, Whom)>,
     /// Open websockets of the live page.
     watchers: Vec<Slot>,
     /// Who waits for the text of `/metrics`.
@@ -83,10 +87,22 @@ pub struct Reactor {
     dispatched: Vec<(i64, usize)>,
     /// Only reactor 0 has it.
     front: Option<Front>,
+    /// The desk for Odoo, beside the front.
+    odoo: Option<Odoo>,
+    /// When the desk is to be turned to next.
+    odoo_at: Option<Moment>,
     /// The reactor that takes the next accepted connection.
     next: usize,
     /// Set when the thread is to end.
     stop_at: Option<Moment>,
+}
+
+/// Whom a query went to.
+#[derive(Clone, Copy)]
+enum Whom {
+    /// The worker of a database.
+    Database(u32),
+    Odoo,
 }
 
 impl Reactor {
@@ -100,6 +116,10 @@ impl Reactor {
             0 => Some(Front::new(&registry, &parts.settings, parts.link_path)?),
             _ => None,
         };
+        let mut env = Env::new(parts.settings, parts.databases, parts.counters, parts.start);
+        env.handovers = parts.handovers;
+        let odoo = front.as_ref().and(parts.peers.first());
+        let odoo = odoo.map(|own| Odoo::new(parts.peers.clone(), own.clone(), env.handovers.clone()));
         Ok(Reactor {
             index: parts.index,
             poll: parts.poll,
@@ -109,7 +129,7 @@ impl Reactor {
             main: parts.main,
             numbers: parts.numbers,
             census: parts.census,
-            env: Env::new(parts.settings, parts.databases, parts.counters, parts.start),
+            env,
             hub: Hub::default(),
             connections: Vec::new(),
             free: Vec::new(),
@@ -123,6 +143,8 @@ impl Reactor {
             next_survey: 0,
             dispatched: Vec::new(),
             front,
+            odoo,
+            odoo_at: None,
             next: 0,
             stop_at: None,
         })
@@ -147,6 +169,7 @@ impl Reactor {
             self.go_on();
             self.read_notes();
             self.front_turn();
+            self.odoo_turn();
             self.time_passes();
             self.watch_time();
             self.write();
@@ -167,7 +190,8 @@ impl Reactor {
         }
         let front = self.front.as_ref().and_then(Front::wake_at);
         let main = self.main.is_waiting().then_some(self.env.now + MAIN_RETRY);
-        let at = [self.timers.next(), front, main, self.stop_at, self.watch_deadline()].into_iter().flatten().min()?;
+        let others = [self.odoo_at, self.stop_at, self.watch_deadline()];
+        let at = [self.timers.next(), front, main].into_iter().chain(others).flatten().min()?;
         Some(Duration::from_millis(at.saturating_sub(self.env.elapsed())))
     }
 
@@ -241,6 +265,7 @@ impl Reactor {
                 Turn::Asked => self.asked(slot),
                 Turn::Waited => {}
                 Turn::Subscribe { channels, last } => self.subscribe(slot, channels, last),
+                Turn::Presence(data) => self.present(slot, data),
                 Turn::Ignored(reason) => {
                     let text = format!("ignored a message of connection {}: {reason}", connection.id);
                     self.main.log(LogLevel::Debug, text, None);
@@ -272,10 +297,11 @@ impl Reactor {
     fn leave(&mut self, slot: Slot) {
         self.drop_query(slot);
         self.watchers.retain(|watcher| *watcher != slot);
-        let Some(database) = self.hub.database(slot) else { return };
+        self.depart(slot);
         if self.get(slot).is_some_and(|connection| std::mem::take(&mut connection.counted)) {
             Counters::less(&self.env.counters.connections_open);
         }
+        let Some(database) = self.hub.database(slot) else { return };
         let unanswered = self.hub.close(slot);
         self.give_up(slot, database, unanswered);
     }

@@ -205,7 +205,7 @@ impl Visitor {
             match self.connection.read(env) {
                 Turn::Wait => break false,
                 Turn::Again => break true,
-                Turn::Done | Turn::Closing | Turn::Waited => {}
+                Turn::Done | Turn::Closing | Turn::Waited | Turn::Presence(_) => {}
                 Turn::Asked => self.answer(env),
                 Turn::Opened => self.visit.opened = true,
                 Turn::Subscribe { channels, last } => self.visit.heard.push(Heard::Subscribe { channels, last }),
@@ -256,6 +256,7 @@ fn said(waiting: &mut Waiting) -> Said {
         }
         Wish::Missed { last } => waiting.answer(&Answer::Missed(last % 2 == 0)),
         Wish::Vacuum => waiting.answer(&Answer::Vacuum { last: None, next: 1_700_000_000_000_000 }),
+        Wish::Open(_) | Wish::Forward { .. } => waiting.fail(503),
         Wish::Metrics => waiting.answer_text("imbus_up 1\n".to_owned()),
     }
 }

@@ -1,6 +1,7 @@
 //! The settings `imbus.*`: one table, each with its unit, range and reason, and the plain copy the network threads get.
 
 use super::{shared, worker};
+use crate::core::odoo;
 use crate::core::settings::{AuthMethod, Settings};
 use pgrx::prelude::*;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
@@ -15,6 +16,9 @@ static LISTEN_DATABASE: Text = Text::new(Some(c"postgres"));
 static IO_THREADS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static AUTH: Text = Text::new(Some(c"token"));
 static TOKEN_SECRET: Text = Text::new(Some(c""));
+static ODOO_URL: Text = Text::new(Some(c"http://127.0.0.1:8069"));
+static ODOO_CONCURRENCY: GucSetting<i32> = GucSetting::<i32>::new(8);
+static SESSION_RECHECK: GucSetting<i32> = GucSetting::<i32>::new(60);
 static AUTH_FUNCTION: Text = Text::new(Some(c""));
 static ALLOWED_ORIGINS: Text = Text::new(Some(c""));
 /// PostgreSQL itself refuses payloads of 8000 bytes and more (async.c, NOTIFY_PAYLOAD_MAX_LENGTH), as Odoo knows.
@@ -72,7 +76,7 @@ fn define_integers(preloaded: bool) {
         (c"imbus.port", c"TCP port of the gateway; 0 takes any free one.", &PORT, 0, 65_535, Postmaster, none),
         (c"imbus.io_threads", c"Network threads of the gateway.", &IO_THREADS, 1, 64, Postmaster, none),
     ];
-    let reloadable: [Integer; 10] = [
+    let reloadable: [Integer; 12] = [
         (
             c"imbus.notify_payload_max_length",
             c"A NOTIFY payload stays shorter than this.",
@@ -95,6 +99,16 @@ fn define_integers(preloaded: bool) {
         ),
         (c"imbus.rate_limit_burst", c"Frames a client may send at once.", &RATE_LIMIT_BURST, 1, 10_000, Sighup, none),
         (c"imbus.rate_limit_delay", c"Average time between frames.", &RATE_LIMIT_DELAY, 0, 60_000, Sighup, ms),
+        (c"imbus.odoo_concurrency", c"Calls of Odoo at the same time.", &ODOO_CONCURRENCY, 1, 64, Sighup, none),
+        (
+            c"imbus.session_recheck",
+            c"Age at which Odoo is asked again whether a session goes on; 0 is never.",
+            &SESSION_RECHECK,
+            0,
+            day,
+            Sighup,
+            s,
+        ),
         (c"imbus.keepalive", c"Age at which a client is asked to reconnect.", &KEEPALIVE, 10, 30 * day, Sighup, s),
         (c"imbus.ping_interval", c"Silence after which a client is pinged.", &PING_INTERVAL, 1, 3600, Sighup, s),
         (
@@ -149,7 +163,7 @@ fn define_texts(preloaded: bool) {
         GucContext::Suset,
         list,
     );
-    // SAFETY: the hook has the signature PostgreSQL asks for and is guarded.
+    // SAFETY: the hooks have the signature PostgreSQL asks for and are guarded.
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
             c"imbus.auth",
@@ -159,6 +173,17 @@ fn define_texts(preloaded: bool) {
             GucContext::Sighup,
             list,
             Some(check_auth),
+            None,
+            None,
+        );
+        GucRegistry::define_string_guc_with_hooks(
+            c"imbus.odoo_url",
+            c"Where Odoo itself answers, for imbus.auth = 'odoo': http://host:port.",
+            c"",
+            &ODOO_URL,
+            GucContext::Sighup,
+            list,
+            Some(check_odoo_url),
             None,
             None,
         );
@@ -172,9 +197,28 @@ unsafe extern "C-unwind" fn check_auth(
     _extra: *mut *mut std::ffi::c_void,
     _source: pg_sys::GucSource::Type,
 ) -> bool {
-    // SAFETY: PostgreSQL passes the address of a valid C string (or NULL).
-    let text = unsafe { (*value).is_null().then(String::new).unwrap_or_else(|| lossy(CStr::from_ptr(*value))) };
-    auth_methods(&text).is_some()
+    // SAFETY: see [`hooked`].
+    auth_methods(&unsafe { hooked(value) }).is_some()
+}
+
+/// Refuses what is no URL of an Odoo. It is Odoo itself that is asked, not the proxy before it: no TLS.
+#[pg_guard]
+unsafe extern "C-unwind" fn check_odoo_url(
+    value: *mut *mut std::ffi::c_char,
+    _extra: *mut *mut std::ffi::c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: see [`hooked`].
+    odoo::is_url(&unsafe { hooked(value) })
+}
+
+/// The value that a check hook is asked about.
+///
+/// # Safety
+/// `value` is the address of a valid C string (or NULL), as PostgreSQL passes it to check hooks.
+unsafe fn hooked(value: *mut *mut std::ffi::c_char) -> String {
+    // SAFETY: the caller's promise.
+    unsafe { (*value).is_null().then(String::new).unwrap_or_else(|| lossy(CStr::from_ptr(*value))) }
 }
 
 fn lossy(text: &CStr) -> String {
@@ -186,6 +230,7 @@ fn auth_methods(text: &str) -> Option<Vec<AuthMethod>> {
         .iter()
         .map(|name| match name.as_str() {
             "token" => Some(AuthMethod::Token),
+            "odoo" => Some(AuthMethod::Odoo),
             "function" => Some(AuthMethod::Function),
             _ => None,
         })
@@ -254,6 +299,9 @@ pub fn settings() -> Settings {
         listen_addresses: words(&text(&LISTEN_ADDRESSES)),
         io_threads: positive(&IO_THREADS) as usize,
         auth: auth_methods(&text(&AUTH)).unwrap_or_default(),
+        odoo_url: text(&ODOO_URL),
+        odoo_concurrency: positive(&ODOO_CONCURRENCY) as usize,
+        session_recheck: Duration::from_secs(positive(&SESSION_RECHECK)),
         token_secret: token_secret(),
         allowed_origins: words(&text(&ALLOWED_ORIGINS)),
         max_connections: positive(&MAX_CONNECTIONS) as usize,

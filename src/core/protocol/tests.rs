@@ -60,7 +60,7 @@ fn a_reason_is_cut_between_characters() {
 fn subscribed(text: &str, arrays: bool) -> Result<(Vec<Channel>, i64), String> {
     match parse(text)? {
         Message::Subscribe { channels, last } => Ok((super::channels(&channels, "db", arrays)?, last)),
-        Message::Other => panic!("another message"),
+        Message::Other | Message::Presence { .. } => panic!("another message"),
     }
 }
 
@@ -76,7 +76,10 @@ fn subscribes_name_strings_and_record_channels() {
 #[test]
 fn other_events_are_no_error() {
     let presence = r#"{"event_name":"update_presence","data":{"inactivity_period":0,"im_status_ids_by_model":{}}}"#;
-    assert_eq!(parse(presence), Ok(Message::Other));
+    let data = r#"{"inactivity_period":0,"im_status_ids_by_model":{}}"#.to_owned();
+    assert_eq!(parse(presence), Ok(Message::Presence { data }));
+    assert!(parse(r#"{"event_name":"update_presence","data":[1]}"#).is_err());
+    assert!(parse(r#"{"event_name":"update_presence"}"#).is_err());
     assert_eq!(parse(r#"{"event_name":"x"}"#), Ok(Message::Other));
 }
 

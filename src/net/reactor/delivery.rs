@@ -22,7 +22,10 @@ impl Reactor {
             Authority::Watcher { .. } => return self.watch(slot),
             authority => authority.database(),
         };
-        self.hub.open(slot, database);
+        // Of a client of Odoo's it is not known yet.
+        if database != 0 {
+            self.hub.open(slot, database);
+        }
         if let Some(connection) = self.get(slot) {
             connection.counted = true;
         }
@@ -35,7 +38,8 @@ impl Reactor {
         let Some(connection) = self.connections.get_mut(slot as usize).and_then(Option::as_mut) else { return };
         let Some(websocket) = connection.websocket() else { return };
         let authority = &websocket.admission.authority;
-        let parsed = protocol::channels(&channels, authority.database_name(), true);
+        let arrays = !matches!(authority, Authority::Odoo(_));
+        let parsed = protocol::channels(&channels, authority.database_name(), arrays);
         let id = connection.id;
         let parsed = match parsed {
             Ok(parsed) => parsed,

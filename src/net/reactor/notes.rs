@@ -51,6 +51,9 @@ impl Reactor {
                     front.links.ask(database, reactor, ask);
                 }
             }
+            Note::Odoo(said) => self.at_desk(said),
+            Note::OdooSaid { query, outcome } => self.odoo_said(query, *outcome),
+            Note::Part { ids, close } => self.part(&ids, &close),
             Note::WantSurvey => self.survey(),
             Note::Survey { number } => {
                 let gauges = self.gauges();

@@ -1,7 +1,7 @@
 //! What takes somebody else's answer: requests that wait, and subscriptions whose channels are asked for. Each
 //! connection waits for one answer at a time.
 
-use super::Reactor;
+use super::{Reactor, Whom};
 use crate::core::channel::Channel;
 use crate::core::granted::Granted;
 use crate::core::hub::Slot;
@@ -12,6 +12,7 @@ use crate::net::auth::Authority;
 use crate::net::bridge::Note;
 use crate::net::connection::Connection;
 use crate::net::counters::Counters;
+use crate::net::odoo;
 use std::sync::atomic::Ordering;
 
 impl Reactor {
@@ -35,6 +36,11 @@ impl Reactor {
                 let database = asking.database.oid;
                 self.query(slot, database, question);
             }
+            Authority::Odoo(vouched) => {
+                let visitor = Box::new(vouched.visitor.clone());
+                let question = waiting.for_odoo();
+                self.ask_odoo(slot, visitor, question);
+            }
             Authority::Watcher { .. } => {
                 self.measuring.push(slot);
                 self.want_survey();
@@ -43,13 +49,13 @@ impl Reactor {
     }
 
     /// A waiting request may have what it wants.
-    fn allowed(&mut self, slot: Slot, channels: Vec<Channel>) {
+    pub(super) fn allowed(&mut self, slot: Slot, channels: Vec<Channel>) {
         let Some(waiting) = self.get(slot).and_then(Connection::waiting) else { return };
         let database = waiting.admission.authority.database();
         let last = match waiting.wish {
             Wish::Missed { last } => return self.query(slot, database, Question::Missed { last }),
             Wish::Vacuum => return self.query(slot, database, Question::Vacuum),
-            Wish::Metrics => return,
+            Wish::Metrics | Wish::Open(_) | Wish::Forward { .. } => return,
             Wish::Notifications { .. } => waiting.subscribed(&channels),
         };
         self.hub.open(slot, database);
@@ -68,7 +74,14 @@ impl Reactor {
         let Some((channels, last)) = connection.subscribing.take().map(|subscribing| *subscribing) else { return };
         connection.asked_last = last;
         let Some(websocket) = connection.websocket() else { return };
-        let Authority::Function(asking) = &websocket.admission.authority else { return };
+        let asking = match &websocket.admission.authority {
+            Authority::Function(asking) => asking,
+            Authority::Odoo(vouched) => {
+                let visitor = Box::new(vouched.visitor.clone());
+                return self.ask_odoo(slot, visitor, odoo::Question::Channels { channels, last });
+            }
+            _ => return,
+        };
         let question = Question::Authenticate { headers: asking.headers.to_string(), channels };
         let database = asking.database.oid;
         self.query(slot, database, question);
@@ -78,7 +91,7 @@ impl Reactor {
         let query = self.numbers.request.fetch_add(1, Ordering::Relaxed);
         let Some(connection) = self.get(slot) else { return };
         connection.query = Some(query);
-        self.queries.insert(query, (slot, database));
+        self.queries.insert(query, (slot, Whom::Database(database)));
         let reactor = self.index;
         match &mut self.front {
             Some(front) => front.links.query(database, reactor, query, question),
@@ -90,7 +103,8 @@ impl Reactor {
     pub(super) fn drop_query(&mut self, slot: Slot) {
         let Some(connection) = self.get(slot) else { return };
         let Some(query) = connection.query.take() else { return };
-        let Some((_, database)) = self.queries.remove(&query) else { return };
+        let Some((_, whom)) = self.queries.remove(&query) else { return };
+        let Whom::Database(database) = whom else { return self.drop_odoo(query) };
         match &mut self.front {
             Some(front) => front.links.drop_query(database, query),
             None => self.tell_front(Note::DropQuery { database, query }),
@@ -156,6 +170,9 @@ impl Reactor {
     /// A request has waited for as long as it may: a poll finds nothing, anything else failed.
     pub(super) fn waited(&mut self, slot: Slot) {
         let now = self.env.unix_ms;
+        if self.opens(slot) {
+            return self.open_late(slot, Err(Close::new(CloseCode::TryLater, "Odoo does not answer")), &[]);
+        }
         self.finish(slot, |waiting| waiting.answer_late(now));
     }
 
