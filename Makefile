@@ -17,11 +17,13 @@ ISOLATION = $(shell scripts/regress_tests '$(bindir)/psql' specs)
 ISOLATION_OPTS = --inputdir=tests --outputdir='$(OUTPUTDIR)/isolation' --load-extension=imbus
 
 # Commands that must work before PostgreSQL is installed.
-ifneq (,$(filter run test lint unit setup soak bench conformance fuzz test-page,$(MAKECMDGOALS)))
+ifneq (,$(filter run test lint unit setup soak bench conformance fuzz test-page test-odoo,$(MAKECMDGOALS)))
 
-.PHONY: run test lint unit setup soak bench conformance fuzz test-page
+.PHONY: run test lint unit setup soak bench conformance fuzz test-page test-odoo
 setup:
 	scripts/setup
+test-odoo:
+	scripts/test_odoo
 test-page:
 	scripts/test_page
 run:

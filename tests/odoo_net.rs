@@ -412,6 +412,28 @@ fn the_plain_endpoints_know_odoos_sessions_too() {
 }
 
 #[test]
+fn a_page_behind_odoos_own_proxy_settings_is_let_in() {
+    let odoo = Odoo::start();
+    let ask = |gateway: &Gateway, origin: &str, forwarded: &str| {
+        let request = format!(
+            "GET /websocket?version=19.0-2 HTTP/1.1\r\nHost: odoochat\r\nOrigin: {origin}\r\n\
+             X-Forwarded-Host: {forwarded}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Cookie: session_id=s\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        );
+        let mut tcp = gateway.tcp();
+        tcp.write_all(request.as_bytes()).unwrap();
+        let mut head = [0; 12];
+        tcp.read_exact(&mut head).unwrap();
+        String::from_utf8_lossy(&head).into_owned()
+    };
+    let gateway = Gateway::with(vouching(&odoo));
+    assert_eq!(ask(&gateway, "https://odoo.example", "odoo.example"), "HTTP/1.1 101");
+    assert_eq!(ask(&gateway, "https://evil.example", "odoo.example"), "HTTP/1.1 403");
+    // Where Odoo is not asked, it is not known what a proxy says.
+    assert_eq!(ask(&Gateway::new(), "https://odoo.example", "odoo.example"), "HTTP/1.1 403");
+}
+
+#[test]
 fn what_came_with_the_opening_is_heard_after_it() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(vouching(&odoo));
@@ -419,11 +441,10 @@ fn what_came_with_the_opening_is_heard_after_it() {
     odoo.answer("given", Answer::Known("demo", 0, ""));
     let mut tcp = gateway.tcp();
     let text = subscribe(r#"["a"]"#, 0);
-    let mut bytes = format!(
-        "GET /websocket?version=18.0-7 HTTP/1.1\r\nHost: h\r\nOrigin: http://h\r\nConnection: Upgrade\r\n\
-         Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-    )
-    .into_bytes();
+    let mut bytes = "GET /websocket?version=18.0-7 HTTP/1.1\r\nHost: h\r\nOrigin: http://h\r\nConnection: Upgrade\r\n\
+        Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        .as_bytes()
+        .to_vec();
     bytes.extend([0x81, 0x80 | text.len() as u8, 0, 0, 0, 0]);
     bytes.extend(text.as_bytes());
     tcp.write_all(&bytes).unwrap();

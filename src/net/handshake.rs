@@ -124,8 +124,7 @@ fn check<'a>(request: &Request<'a>, env: &Env) -> Result<&'a str, Response> {
     }
     let key = request.header("Sec-WebSocket-Key").filter(|key| is_key(key));
     let key = key.ok_or_else(|| Response::text(400, "header Sec-WebSocket-Key must be 16 bytes in base64"))?;
-    let (origin, host) = (request.header("Origin").unwrap_or(""), request.header("Host").unwrap_or(""));
-    if request.all("Origin").count() > 1 || !origin::is_allowed(origin, host, &env.settings.allowed_origins) {
+    if !origin::may_ask(request, env) {
         return Err(origin::refused());
     }
     Ok(key)

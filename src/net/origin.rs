@@ -5,6 +5,7 @@
 use super::Env;
 use super::counters::Rejection;
 use super::http::{Request, Response};
+use crate::core::settings::AuthMethod;
 
 /// Whether a request may be answered: it says no origin, as no browser's does, or an allowed one.
 pub fn may_ask(request: &Request, env: &Env) -> bool {
@@ -20,8 +21,16 @@ pub fn refused() -> Response {
 /// Its origin, if that is allowed.
 fn allowed<'a>(request: &Request<'a>, env: &Env) -> Option<&'a str> {
     let mut origins = request.all("Origin");
-    let (origin, host) = (origins.next()??, request.header("Host").unwrap_or_default());
-    (origins.next().is_none() && is_allowed(origin, host, &env.settings.allowed_origins)).then_some(origin)
+    let origin = origins.next()??;
+    if origins.next().is_some() {
+        return None;
+    }
+    // Odoo's manual has the proxy say in X-Forwarded-Host what it was asked for, and Odoo goes by it (proxy_mode). No page
+    // can have its visitor's browser send that header here: it takes leave (CORS) that nobody gives.
+    let by_proxy = env.settings.auth.contains(&AuthMethod::Odoo).then(|| request.header("X-Forwarded-Host")).flatten();
+    let hosts = [request.header("Host"), by_proxy.and_then(|hosts| hosts.split(',').next()).map(str::trim)];
+    let is_its = |host: &str| is_allowed(origin, host, &env.settings.allowed_origins);
+    hosts.into_iter().flatten().any(is_its).then_some(origin)
 }
 
 /// The headers that let a page of an allowed origin read an answer, with cookies unless just any origin is allowed.
@@ -47,7 +56,6 @@ pub fn preflight(request: &Request, env: &Env, methods: &[&str]) -> Vec<(&'stati
 }
 
 /// Whether the header `Origin` is that of the request's own host, or one of `allowed` (origins, or `*` for any).
-/// X-Forwarded-Host is not looked at: a client can send it.
 pub fn is_allowed(origin: &str, host: &str, allowed: &[String]) -> bool {
     if allowed.iter().any(|entry| entry.trim() == "*") {
         return true;
