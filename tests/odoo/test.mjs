@@ -140,20 +140,21 @@ test('a page shows who comes and goes', async () => {
   const partner = (await call(demo.page, 'res.users', 'read', [[await uid(demo.page)], ['partner_id']]))[0].partner_id[0];
   const direct = await until('a direct chat', () => chat(admin.page, partner));
   await discuss(admin, direct);
-  const status = () => admin.page.evaluate(() => document.querySelector('.o-mail-DiscussContent-header, .o-mail-Discuss-header')?.outerHTML ?? '');
-  const is = (what) => until(`the other user is ${what}`, async () => (await status()).includes(`User is ${what}`) || (await status()).toLowerCase().includes(what));
-  await is('online');
+  const dot = '.o-mail-DiscussContent-headerImStatus i';
+  const status = () => admin.page.evaluate((dot) => document.querySelector(dot)?.title, dot);
+  const is = (what) => until(`the other user is ${what}`, async () => (await status()) === what);
+  await is('Online');
   await picture(admin.page, 'odoo-presence');
   // One of two tabs: still there.
   const extra = await discuss(demo, general, await demo.context.newPage());
   await extra.close();
-  await is('online');
+  await is('Online');
   // The last one.
   await demo.context.close();
-  await is('offline');
+  await is('Offline');
   demo = await login(A, 'demo', 'demo-password');
   await discuss(demo, general);
-  await is('online');
+  await is('Online');
 });
 
 /** The user's id, as the page knows it. */
