@@ -13,7 +13,7 @@
 // gateway's own view. Waits are on conditions and end after a minute; no time is asserted.
 
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { mkdirSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
@@ -228,6 +228,25 @@ test('two databases with the same partners never mix', async () => {
   assert.equal(await admin.page.evaluate(() => document.body.innerText.includes('only in b')), false);
   assert.equal(await there.page.evaluate(() => document.body.innerText.includes('only in a')), false);
   await there.context.close();
+});
+
+test('a trigger of Odoo\'s cron still reaches its processes', async () => {
+  const action = await call(admin.page, 'ir.actions.server', 'create', [{
+    name: 'trigger', state: 'code', model_id: (await call(admin.page, 'ir.model', 'search', [[['model', '=', 'res.partner']]]))[0],
+    code: "env.ref('base.autovacuum_job')._trigger()",
+  }]);
+  const [command, ...args] = PSQL.split(' ');
+  const listener = spawn(command, [...args, '-d', 'postgres'], { stdio: ['pipe', 'pipe', 'inherit'] });
+  let heard = '';
+  listener.stdout.on('data', (data) => (heard += data));
+  listener.stdin.write('LISTEN cron_trigger;\nSELECT 1;\n');
+  await until('psql listens', () => heard.includes('1'));
+  await call(admin.page, 'ir.actions.server', 'run', [[action]]);
+  await until('the trigger is heard', () => {
+    listener.stdin.write('SELECT 1;\n');
+    return heard.includes('"cron_trigger" with payload "odoo_a"');
+  });
+  listener.stdin.end();
 });
 
 test('a visitor without a session is the public, and hears nothing of users', async () => {
