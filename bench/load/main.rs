@@ -1,9 +1,11 @@
-//! The load generator of `bench/fanout`, and the bare writer it compares with. Prints one line of `key=value` a visit;
+//! The load generator of `bench/fanout` and `bench/hostile`, and the bare writer they compare with. Prints one line of `key=value` a visit;
 //! `report` makes Markdown of many such lines.
 //!
 //! `fanout visit --server imbus|bare|node --address HOST:PORT --pid PID --sockets N …` (see [`Options`]) ·
-//! `fanout writer` · `fanout report FILE`
+//! `fanout writer` · `fanout report FILE` · `fanout hostile …` (see [`hostile::Options`]) · `fanout attack …` ·
+//! `fanout hostile-report FILE`
 
+mod hostile;
 mod process;
 mod publish;
 mod reader;
@@ -91,12 +93,15 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let Some(Value(command)) = parser.next()? else { return Err("usage: see the head of bench/load/main.rs".into()) };
     match command.to_str() {
         Some("visit") => println!("{}", visit::visit(&options(&mut parser)?)?),
+        Some("hostile") => println!("{}", hostile::hostile(&mut parser)?),
+        Some("attack") => println!("{}", hostile::attack(&mut parser)?),
+        Some("hostile-report") => print!("{}", hostile::report(&std::fs::read_to_string(parser.value()?)?)),
         Some("writer") => writer::serve()?,
         Some("report") => {
             let file = parser.value()?;
             print!("{}", report::report(&std::fs::read_to_string(file)?));
         }
-        _ => return Err("visit, writer or report".into()),
+        _ => return Err("visit, writer, report, hostile, attack or hostile-report".into()),
     }
     Ok(())
 }

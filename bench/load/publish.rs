@@ -6,6 +6,7 @@ use std::error::Error;
 use std::fmt::Write as _;
 use std::io::Write;
 use std::net::TcpStream;
+use std::time::Duration;
 
 /// Bytes of a message's payload as JSON.
 const PAYLOAD: usize = 200;
@@ -34,7 +35,7 @@ pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 /// The payload of message `number`: a mark, the number, filled up; without the quotes.
-fn text(number: u64) -> String {
+pub fn text(number: u64) -> String {
     let mut text = format!("~{number:0DIGITS$} ");
     while text.len() < PAYLOAD - 2 {
         text.push('x');
@@ -137,4 +138,56 @@ fn message(number: u64) -> String {
 /// The frame imbus would send.
 fn bare_frame(number: u64) -> Vec<u8> {
     frame(0x81, format!("[{{\"id\":{},\"message\":{}}}]", 10_000 + number, message(number)).as_bytes())
+}
+
+/// How often a long message is published for readers that stall, and its length in bytes.
+const FLOOD_EVERY: Duration = Duration::from_millis(50);
+const FLOOD: usize = 50 * 1024;
+
+/// Publishes long messages through SQL, on a channel of its own; where the bare writer is the one that is attacked,
+/// to it too, so that both ways the database does the same.
+pub struct Flood {
+    client: Client,
+    send: Statement,
+    message: String,
+    control: Option<TcpStream>,
+    sent: u64,
+}
+
+impl Flood {
+    /// Connects.
+    ///
+    /// # Errors
+    /// A server does not answer.
+    pub fn connect(sql: &str, control: Option<&str>, channel: &str) -> Result<Flood, Box<dyn Error>> {
+        let mut client = Client::connect(sql, NoTls)?;
+        client.batch_execute("SET synchronous_commit = off")?;
+        let send = client.prepare(&format!("SELECT bus_sendone('{channel}', 'flood', to_jsonb($1::text))"))?;
+        let control = control.map(TcpStream::connect).transpose()?;
+        Ok(Flood { client, send, message: "x".repeat(FLOOD), control, sent: 0 })
+    }
+
+    /// Publishes what is due since the beginning.
+    ///
+    /// # Errors
+    /// The server's.
+    pub fn go_on(&mut self, since: Duration) -> Result<(), Box<dyn Error>> {
+        while FLOOD_EVERY * (self.sent as u32) < since {
+            self.client.query(&self.send, &[&self.message])?;
+            if let Some(control) = &mut self.control {
+                let frame = frame(0x81, self.message.as_bytes());
+                let mut record = 1u32.to_be_bytes().to_vec();
+                record.extend((frame.len() as u32).to_be_bytes());
+                record.extend(frame);
+                control.write_all(&record)?;
+            }
+            self.sent += 1;
+        }
+        Ok(())
+    }
+
+    /// How many messages were published.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
 }

@@ -161,19 +161,7 @@ impl<'a> Reader<'a> {
     fn connect(&mut self) -> io::Result<()> {
         let place = self.connections.len();
         let number = place * self.shared.options.threads + self.index;
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-        // Closing leaves no TIME_WAIT behind, which would use up the ports.
-        socket.set_linger(Some(Duration::ZERO))?;
-        socket.set_tcp_nodelay(true)?;
-        socket.set_nonblocking(true)?;
-        let source: SocketAddr = ([127, 0, 0, 2 + (number / PER_ADDRESS) as u8], 0).into();
-        socket.bind(&source.into())?;
-        match socket.connect(&self.shared.options.address.into()) {
-            // EINPROGRESS
-            Err(error) if error.raw_os_error() != Some(115) => return Err(error),
-            _ => {}
-        }
-        let mut tcp = TcpStream::from_std(socket.into());
+        let mut tcp = open(number, self.shared.options.address, None)?;
         self.poll.registry().register(&mut tcp, Token(place), Interest::READABLE | Interest::WRITABLE)?;
         self.connections.push(Connection { tcp, stage: Stage::Connecting, scan: Scan::default(), received: 0 });
         Ok(())
@@ -200,7 +188,7 @@ impl<'a> Reader<'a> {
                     return Err(error.into());
                 }
                 connection.stage = Stage::Upgrading(Vec::new());
-                connection.tcp.write_all(request(&self.shared.options).as_bytes())?;
+                connection.tcp.write_all(request(&self.shared.options.path, self.shared.options.address).as_bytes())?;
             }
             Stage::Upgrading(_) if event.is_readable() => self.upgrade(place, buffer)?,
             _ => {}
@@ -311,8 +299,30 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn request(options: &Options) -> String {
-    let (path, host) = (&options.path, options.address);
+/// Begins to connect socket `number` of this load; `buffer` bytes for what comes in, else what the system gives.
+///
+/// # Errors
+/// The system's.
+pub fn open(number: usize, address: SocketAddr, buffer: Option<usize>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    // Closing leaves no TIME_WAIT behind, which would use up the ports.
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_nonblocking(true)?;
+    if let Some(bytes) = buffer {
+        socket.set_recv_buffer_size(bytes)?;
+    }
+    let source: SocketAddr = ([127, 0, 0, 2 + (number / PER_ADDRESS) as u8], 0).into();
+    socket.bind(&source.into())?;
+    match socket.connect(&address.into()) {
+        // EINPROGRESS
+        Err(error) if error.raw_os_error() != Some(115) => Err(error),
+        _ => Ok(TcpStream::from_std(socket.into())),
+    }
+}
+
+/// The request for a websocket.
+pub fn request(path: &str, host: SocketAddr) -> String {
     format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
          Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
@@ -325,6 +335,11 @@ fn subscribe(options: &Options, number: usize, last: i64) -> Vec<u8> {
     let names = own.map(|at| format!(",\"channel-{}\"", at.checked_rem(options.pool).unwrap_or(at)));
     let (channel, names) = (channel(), names.collect::<String>());
     let text = format!(r#"{{"event_name":"subscribe","data":{{"channels":["{channel}"{names}],"last":{last}}}}}"#);
+    masked(&text)
+}
+
+/// A text frame of a client, masked with zeros.
+pub fn masked(text: &str) -> Vec<u8> {
     let mut frame = crate::publish::frame(0x81, text.as_bytes());
     frame[1] |= 0x80;
     let head = frame.len() - text.len();
