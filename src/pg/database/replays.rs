@@ -9,11 +9,14 @@ use crate::core::replay::{PAGE, Replay, Step};
 use crate::pg::bus::{RawRow, Scope};
 use crate::pg::transaction::{self, Failure};
 use crate::pg::worker;
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::Ordering;
 
-/// Bytes of messages in one page; one more message may go over it.
-const PAGE_BYTES: usize = 1 << 20;
+/// Bytes of messages in one page; the rows of one step may go over it. A page waits in the gateway for a client that may
+/// never read it, so it is no longer than it takes to keep a socket busy until the next one.
+const PAGE_BYTES: usize = 256 * 1024;
+/// Rows read in the first step. Later ones read more or less, by how long the messages are.
+const FIRST_ROWS: usize = 16;
 /// Steps made for one page, however little they find: others are waiting, and so is what is committed meanwhile.
 const STEPS: usize = 4;
 
@@ -23,12 +26,26 @@ pub struct Answer {
     replay: Replay,
     /// The last id the client was sent, at first the one it said.
     last: i64,
+    /// Rows that the journal has named and that are not read yet.
+    named: VecDeque<i64>,
+    /// Rows to read in the next step.
+    rows: usize,
 }
 
 impl Answer {
     /// The journal's first entry that it may still need.
     pub fn needs(&self) -> u64 {
         self.replay.needs()
+    }
+
+    /// What a step has read says how much the next one should.
+    fn learn(&mut self, rows: &[RawRow]) {
+        let bytes: usize = rows.iter().map(|row| row.message.as_ref().map_or(0, String::len)).sum();
+        if bytes > PAGE_BYTES / 2 {
+            self.rows = (self.rows / 2).max(1);
+        } else if bytes < PAGE_BYTES / 8 {
+            self.rows = (self.rows * 4).min(PAGE);
+        }
     }
 }
 
@@ -38,7 +55,8 @@ impl Database {
         self.dispatch();
         // Without a position there is nothing to answer by: break the link, the gateway asks again.
         let Some(replay) = self.plan(&channels, last) else { return self.hang_up() };
-        self.replays.insert(request, Answer { channels: channels.into_iter().collect(), replay, last });
+        let (channels, named) = (channels.into_iter().collect(), VecDeque::new());
+        self.replays.insert(request, Answer { channels, replay, last, named, rows: FIRST_ROWS });
         self.go_on(request);
     }
 
@@ -110,6 +128,9 @@ impl Database {
     fn next_rows(&self, answer: &mut Answer) -> Result<Option<Vec<RawRow>>, Failure> {
         let Some(tracker) = &self.tracker else { return Ok(None) };
         let scope = if answer.replay.recent { Scope::Recent } else { Scope::All };
+        if !answer.named.is_empty() {
+            return self.named_rows(answer, scope).map(Some);
+        }
         match answer.replay.next(tracker) {
             Step::Done => Ok(None),
             Step::Lost => {
@@ -118,20 +139,35 @@ impl Database {
                 }
                 Ok(Some(Vec::new()))
             }
-            Step::Among(ids) => Ok(Some(transaction::run(|| self.same_table()?.among(&ids, scope))?)),
+            Step::Among(ids) => {
+                answer.named = ids.into();
+                self.named_rows(answer, scope).map(Some)
+            }
             Step::Within(ranges) => {
                 let mut rows = transaction::run(|| self.same_table()?.within(&ranges, scope))?;
+                answer.learn(&rows);
                 rows.retain(|row| answer.replay.owes_from_table(tracker, row.id));
                 answer.replay.scanned(tracker, None);
                 Ok(Some(rows))
             }
             Step::Above(id) => {
-                let mut rows = transaction::run(|| self.same_table()?.above(id, PAGE as i64, scope))?;
-                let end = rows.last().map(|row| row.id).filter(|_| rows.len() == PAGE);
+                let mut rows = transaction::run(|| self.same_table()?.above(id, answer.rows as i64, scope))?;
+                let end = rows.last().map(|row| row.id).filter(|_| rows.len() == answer.rows);
+                answer.learn(&rows);
                 rows.retain(|row| answer.replay.owes_from_table(tracker, row.id));
                 answer.replay.scanned(tracker, end);
                 Ok(Some(rows))
             }
         }
+    }
+    /// The next of the rows that the journal has named.
+    fn named_rows(&self, answer: &mut Answer, scope: Scope) -> Result<Vec<RawRow>, Failure> {
+        let ids: Vec<i64> = answer.named.drain(..answer.rows.min(answer.named.len())).collect();
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = transaction::run(|| self.same_table()?.among(&ids, scope))?;
+        answer.learn(&rows);
+        Ok(rows)
     }
 }
