@@ -58,7 +58,7 @@ pub struct Connection {
     pub counted: bool,
     /// Whether it is in the reactor's list of those to be written to.
     pub dirty: bool,
-    /// Whether it is in the reactor's list of those to be read from in the next turn.
+    /// Whether it is in the reactor's line of those to be read from.
     pub again: bool,
     refused: bool,
     stage: Stage,

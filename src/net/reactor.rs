@@ -1,6 +1,7 @@
 //! One network thread: a poll loop over its connections. Moves what happens at a socket, in time, on the links or on
-//! the main thread to where it is decided, and the outcome back. A turn does a bounded amount for each connection, so
-//! that none can starve the others, and writes at its end, so that what was said in one turn goes out at once.
+//! the main thread to where it is decided, and the outcome back. A turn does a bounded amount for each connection, and
+//! reads for a bounded time, so that none can starve the others, and writes at its end, so that what was said in one
+//! turn goes out at once.
 
 mod delivery;
 mod doors;
@@ -25,7 +26,7 @@ use crossbeam_channel::Receiver;
 use mio::event::Event;
 use mio::net::TcpStream;
 use mio::{Events, Interest, Poll, Registry, Token};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -38,6 +39,10 @@ const MAIN_RETRY: Moment = 20;
 
 /// How long a stop waits for the clients, in milliseconds.
 const STOP_WAIT: Moment = 1_000;
+
+/// How long a turn goes on reading before what was dispatched meanwhile goes out. One more message may go over it: the
+/// longest takes about 10 ms.
+const READING: Duration = Duration::from_millis(2);
 
 /// What a reactor is made of, as [`super::bridge::Net::start`] hands it to its thread.
 pub struct Parts {
@@ -73,8 +78,8 @@ pub struct Reactor {
     timers: Timers,
     /// Connections with something to write.
     dirty: Vec<Slot>,
-    /// Connections with something to read that had their turn.
-    again: Vec<Slot>,
+    /// Connections with something to read, in the order of their turns.
+    again: VecDeque<Slot>,
     receivers: Vec<Slot>,
     /// Who waits for the answer to which query, and whom it went to.
     queries: HashMap<u64, (Slot, Whom)>,
@@ -135,7 +140,7 @@ impl Reactor {
             free: Vec::new(),
             timers: Timers::default(),
             dirty: Vec::new(),
-            again: Vec::new(),
+            again: VecDeque::new(),
             receivers: Vec::new(),
             queries: HashMap::new(),
             watchers: Vec::new(),
@@ -166,7 +171,7 @@ impl Reactor {
             for event in &events {
                 self.happened(event);
             }
-            self.go_on();
+            self.go_on(Instant::now() + READING);
             self.read_notes();
             self.front_turn();
             self.odoo_turn();
@@ -211,7 +216,7 @@ impl Reactor {
             self.mark(slot);
         }
         if event.is_readable() || event.is_read_closed() || event.is_error() {
-            self.read(slot);
+            self.come_back(slot);
         }
     }
 
@@ -228,21 +233,26 @@ impl Reactor {
         }
     }
 
-    /// Puts a connection into the list of those that are read from in the next turn.
+    /// Puts a connection into the line of those that are to be read from.
     fn come_back(&mut self, slot: Slot) {
         if let Some(connection) = self.get(slot)
             && !std::mem::replace(&mut connection.again, true)
         {
-            self.again.push(slot);
+            self.again.push_back(slot);
         }
     }
 
-    /// Gives those their turn that have more to read.
-    fn go_on(&mut self) {
-        for slot in std::mem::take(&mut self.again) {
+    /// Gives those their turn that have something to read, one after the other until `end`; the rest stay in line for
+    /// the next turn.
+    fn go_on(&mut self, end: Instant) {
+        for _ in 0..self.again.len() {
+            let Some(slot) = self.again.pop_front() else { return };
             if let Some(connection) = self.get(slot) {
                 connection.again = false;
                 self.read(slot);
+            }
+            if Instant::now() >= end {
+                return;
             }
         }
     }
