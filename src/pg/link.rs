@@ -49,7 +49,10 @@ impl Link {
             match self.stream.write(rest) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(n) => self.sent += n,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.forget_sent();
+                    return Ok(());
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -58,6 +61,14 @@ impl Link {
         self.out.shrink_to(CHUNK);
         self.sent = 0;
         Ok(())
+    }
+
+    /// A link that is never idle is never empty: what was sent goes when it is more than what waits.
+    fn forget_sent(&mut self) {
+        if self.sent > CHUNK.max(self.backlog()) {
+            self.out.drain(..self.sent);
+            self.sent = 0;
+        }
     }
 
     /// Reads what has come. An error, an end or a malformed frame: the link is over.

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 /// never read it, so it is no longer than it takes to keep a socket busy until the next one.
 const PAGE_BYTES: usize = 256 * 1024;
 /// Rows read in the first step. Later ones read more or less, by how long the messages are.
-const FIRST_ROWS: usize = 16;
+const FIRST_ROWS: usize = 4;
 /// Steps made for one page, however little they find: others are waiting, and so is what is committed meanwhile.
 const STEPS: usize = 4;
 
