@@ -36,6 +36,17 @@ pub struct Listeners {
 /// Connections that may wait to be accepted (the system's net.core.somaxconn, 4096 on Linux, is the limit in the end).
 const BACKLOG: i32 = 4096;
 
+/// What the kernel may hold for one peer and has not sent, in bytes: what waits beyond it waits in the connection's queue,
+/// once for all. Of the kernel's own accord a peer on this machine that does not read has more than 3 MiB there, copied.
+/// What was sent and is under way does not count, so that a long way costs no throughput.
+#[cfg(target_os = "linux")]
+const UNSENT: u32 = 1 << 20;
+
+/// How long a peer may acknowledge nothing that was sent to it: as long as it may be silent when nothing is sent, by
+/// `imbus.ping_interval` as it is by default and the time for an answer. The kernel's own patience is 15 minutes.
+#[cfg(target_os = "linux")]
+const UNACKNOWLEDGED: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// One of `imbus.listen_addresses`.
 struct Name {
     name: String,
@@ -155,12 +166,25 @@ impl Listeners {
         let mut door = TcpListener::bind(SocketAddr::new(address, self.port))?;
         // Asked for again, this time with room for a burst: a connection that finds none waits for a second.
         SockRef::from(&door).listen(BACKLOG)?;
+        limit_peers(&door);
         let port = door.local_addr()?.port();
         self.registry.register(&mut door, Token(self.base + self.doors.len()), Interest::READABLE)?;
         self.port = port;
         self.doors.push((address, door));
         Ok(())
     }
+}
+
+/// Sets limits that the connections of a door inherit; without them it works too.
+fn limit_peers(door: &TcpListener) {
+    #[cfg(target_os = "linux")]
+    {
+        let door = SockRef::from(door);
+        let _ = door.set_tcp_notsent_lowat(UNSENT);
+        let _ = door.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = door;
 }
 
 /// The addresses a name of `imbus.listen_addresses` stands for. Looking up anything but an address and `*` may take as
