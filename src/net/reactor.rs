@@ -320,6 +320,7 @@ impl Reactor {
         self.leave(slot);
         if let Some(mut connection) = self.connections.get_mut(slot as usize).and_then(Option::take) {
             let _ = self.registry.deregister(&mut connection.socket.tcp);
+            connection.socket.abandon();
             Counters::less(&self.env.counters.sockets_open);
             self.free.push(slot);
         }

@@ -7,8 +7,10 @@ use super::outbound::{Flow, Kind, Outbound};
 use crate::core::hub::Moment;
 use crate::core::protocol::Frame;
 use mio::net::TcpStream;
+use socket2::SockRef;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
+use std::time::Duration;
 
 /// Read from one socket in one turn, in bytes; then the others have theirs.
 const TURN: usize = 64 * 1024;
@@ -139,6 +141,15 @@ impl Socket {
     pub fn shut(&self) {
         // A peer that is gone already is noticed at the next read.
         let _ = self.tcp.shutdown(Shutdown::Write);
+    }
+
+    /// The connection is over. A peer that has not taken what waits for it is reset: the kernel would go on offering it
+    /// what it holds, in its own memory.
+    pub fn abandon(&self) {
+        if !self.out.is_empty() {
+            // Without it the kernel gives up by itself, later.
+            let _ = SockRef::from(&self.tcp).set_linger(Some(Duration::ZERO));
+        }
     }
 
     /// Reads and throws away. True at the end of the stream.
