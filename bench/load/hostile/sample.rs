@@ -19,6 +19,8 @@ pub struct Peak {
     pub resident: u64,
     pub worker: u64,
     pub files: usize,
+    /// How many files were open at the last look.
+    pub files_now: usize,
     pub kernel: u64,
 }
 
@@ -27,7 +29,8 @@ impl Peak {
     pub fn look(&mut self, pid: u32, worker: u32) {
         self.resident = self.resident.max(process::resident(pid));
         self.worker = self.worker.max(process::resident(worker));
-        self.files = self.files.max(process::files(pid));
+        self.files_now = process::files(pid);
+        self.files = self.files.max(self.files_now);
         self.kernel = self.kernel.max(kernel());
     }
 }

@@ -215,7 +215,9 @@ impl Visit<'_> {
         self.put("attackers_cpu", attackers_cpu / time);
         self.put("peak_bytes", peak.resident as f64);
         self.put("peak_worker", peak.worker as f64);
+        self.put("before_files", files as f64);
         self.put("peak_files", peak.files as f64);
+        self.put("end_files", peak.files_now as f64);
         self.put("peak_kernel", peak.kernel as f64);
         self.told_by(&mut attackers)?;
         self.aftermath(files)?;
