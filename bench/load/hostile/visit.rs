@@ -198,14 +198,15 @@ impl Visit<'_> {
         let mut looked = begin;
         let mut attackers = self.attackers()?;
         self.phase("attack", || {
-            if looked.elapsed() > LOOK {
+            let running = attackers.iter_mut().map(|child| Ok(child.try_wait()?.is_none()));
+            let is_on = running.collect::<Result<Vec<bool>>>()?.contains(&true);
+            if is_on && looked.elapsed() > LOOK {
                 looked = Instant::now();
                 peak.look(pid, worker);
                 // Those that have ended count no more.
                 attackers_cpu = attackers_cpu.max(attackers.iter().map(|child| process::cpu(child.id())).sum());
             }
-            let running = attackers.iter_mut().map(|child| Ok(child.try_wait()?.is_none()));
-            Ok(running.collect::<Result<Vec<bool>>>()?.contains(&true))
+            Ok(is_on)
         })?;
         let (time, after) = (begin.elapsed().as_secs_f64(), cpu());
         self.put("seconds", time);
