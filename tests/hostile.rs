@@ -343,6 +343,47 @@ fn a_slow_reader_is_closed_and_counted_while_another_gets_everything() {
 // ---------------------------------------------------------------------------------------------------------------------
 // NOTIFY and rows
 
+/// Resident memory of a worker in bytes.
+fn resident(sql: &mut Client, pid: &str) -> u64 {
+    let pid: i32 = sql.query_one(pid, &[]).unwrap().get(0);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn readers_that_come_back_for_much_and_stall_cost_a_page_each() {
+    // Its own, as the memory of its processes is looked at.
+    let cluster = Cluster::start();
+    let mut sql = cluster.database("demo");
+    let last: i64 = sql.query_one("SELECT bus_sendone('much', 't', '0')", &[]).unwrap().get(0);
+    let many = "SELECT count(bus_sendone('much', 't', to_jsonb(repeat('x', 50 * 1024)))) FROM generate_series(1, 400)";
+    sql.query_one(many, &[]).unwrap();
+    let mut beside = good(&cluster, &mut sql, "beside stalled readers");
+    works(&mut beside, &mut sql, "before");
+    let memory = |sql: &mut Client| {
+        let worker = "SELECT pid FROM imbus_stat_bus WHERE datname = current_database()";
+        resident(sql, "SELECT pid FROM imbus_stat_gateway") + resident(sql, worker)
+    };
+    let before = memory(&mut sql);
+    let stalled: Vec<Socket> = (0..30)
+        .map(|_| {
+            let mut socket = open(&cluster, &mut sql);
+            socket.subscribe(json!(["much"]), last);
+            socket
+        })
+        .collect();
+    // Replays wait in line: when the last one is done, all have begun.
+    let mut reader = open(&cluster, &mut sql);
+    reader.subscribe(json!(["much"]), last);
+    for _ in 0..400 {
+        reader.payload();
+    }
+    works(&mut beside, &mut sql, "beside");
+    let each = memory(&mut sql).saturating_sub(before) / stalled.len() as u64;
+    assert!(each < 3 * MEBIBYTE as u64, "{each} bytes for each");
+}
+
 #[test]
 fn malformed_notifies_are_ignored_and_logged_once() {
     let cluster = Cluster::start();
