@@ -1,157 +1,14 @@
 //! `imbus.auth = 'odoo'` on the network side: real sockets, an Odoo played by the test.
 
+mod fake_odoo;
 mod gateway;
 
+use fake_odoo::{Answer, CLOSED, Odoo, PEEK, PRESENCE};
 use gateway::*;
 use imbus::core::settings::{AuthMethod, Settings};
-use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex};
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 use tungstenite::client::IntoClientRequest;
-
-/// What one call of Odoo's looked like.
-#[derive(Clone, Debug)]
-struct Call {
-    path: String,
-    head: String,
-    params: serde_json::Value,
-}
-
-#[derive(Default)]
-struct State {
-    calls: Vec<Call>,
-    under_way: usize,
-    most: usize,
-    /// By the session's id: what is answered. Without an entry: of user 3 in demo.
-    answers: HashMap<String, Answer>,
-    /// Calls wait as long as this is set.
-    held: bool,
-}
-
-#[derive(Clone)]
-enum Answer {
-    /// Of this database and partner (0: the public), with these header lines.
-    Known(&'static str, u32, &'static str),
-    Expired,
-    Raw(&'static str),
-}
-
-#[derive(Clone)]
-struct Odoo {
-    port: u16,
-    state: Arc<(Mutex<State>, Condvar)>,
-}
-
-impl Odoo {
-    fn start() -> Odoo {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let odoo = Odoo { port: listener.local_addr().unwrap().port(), state: Arc::default() };
-        let served = odoo.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let odoo = served.clone();
-                std::thread::spawn(move || odoo.serve(stream));
-            }
-        });
-        odoo
-    }
-
-    fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
-        let result = look(&mut self.state.0.lock().unwrap());
-        self.state.1.notify_all();
-        result
-    }
-
-    fn wait(&self, what: &str, is_so: impl Fn(&State) -> bool) {
-        let end = Instant::now() + PATIENCE;
-        let mut state = self.state.0.lock().unwrap();
-        while !is_so(&state) {
-            let left = end.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "{what}: {:?}", state.calls);
-            state = self.state.1.wait_timeout(state, left).unwrap().0;
-        }
-    }
-
-    fn answer(&self, session: &str, answer: Answer) {
-        self.with(|state| state.answers.insert(session.to_owned(), answer));
-    }
-
-    fn count(&self, path: &str) -> usize {
-        self.with(|state| state.calls.iter().filter(|call| call.path == path).count())
-    }
-
-    fn serve(&self, stream: TcpStream) {
-        let mut reader = BufReader::new(stream.try_clone().unwrap());
-        let mut stream = stream;
-        loop {
-            let (mut head, mut length) = (String::new(), 0);
-            loop {
-                let mut line = String::new();
-                if reader.read_line(&mut line).unwrap_or(0) == 0 {
-                    return;
-                }
-                if let Some((name, value)) = line.split_once(':')
-                    && name.eq_ignore_ascii_case("content-length")
-                {
-                    length = value.trim().parse().unwrap();
-                }
-                head.push_str(&line);
-                if line == "\r\n" {
-                    break;
-                }
-            }
-            let mut body = vec![0; length];
-            reader.read_exact(&mut body).unwrap();
-            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
-            let path = head.split(' ').nth(1).unwrap().to_owned();
-            let session = head.split("session_id=").nth(1).unwrap_or("");
-            let session = session.split([';', '\r']).next().unwrap_or("").to_owned();
-            let params = body["params"].clone();
-            let answer = self.with(|state| {
-                state.calls.push(Call { path: path.clone(), head: head.clone(), params: params.clone() });
-                state.under_way += 1;
-                state.most = state.most.max(state.under_way);
-                state.answers.get(&session).cloned()
-            });
-            self.wait("let go", |state| !state.held);
-            let none = if session.is_empty() { "Set-Cookie: session_id=given; HttpOnly; Path=/\r\n" } else { "" };
-            let answer = answer.unwrap_or(Answer::Known("demo", if session.is_empty() { 0 } else { 3 }, none));
-            let text = match answer {
-                Answer::Raw(text) => text.to_owned(),
-                Answer::Expired => response(
-                    "",
-                    r#"{"jsonrpc":"2.0","id":1,"error":{"code":100,"message":"Odoo Session Expired","data":{"name":"odoo.http.SessionExpiredException"}}}"#,
-                ),
-                Answer::Known(..) if path != "/websocket/peek_notifications" => {
-                    response("", r#"{"jsonrpc":"2.0","id":1,"result":{}}"#)
-                }
-                Answer::Known(database, partner, lines) => {
-                    let mut channels = vec![serde_json::json!([database, "broadcast"])];
-                    for asked in params["channels"].as_array().unwrap() {
-                        if asked.as_str().unwrap() != "secret" {
-                            channels.push(serde_json::json!([database, asked]));
-                        }
-                    }
-                    if partner > 0 {
-                        channels.push(serde_json::json!([database, "res.partner", partner]));
-                    }
-                    let result = serde_json::json!({"channels": channels, "notifications": []});
-                    response(lines, &serde_json::json!({"jsonrpc": "2.0", "id": 1, "result": result}).to_string())
-                }
-            };
-            self.with(|state| state.under_way -= 1);
-            if stream.write_all(text.as_bytes()).is_err() {
-                return;
-            }
-        }
-    }
-}
-
-fn response(lines: &str, body: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n{lines}Content-Length: {}\r\n\r\n{body}", body.len())
-}
 
 fn vouching(odoo: &Odoo) -> Settings {
     let auth = vec![AuthMethod::Token, AuthMethod::Odoo];
@@ -162,10 +19,6 @@ fn visitor(gateway: &Gateway, session: &str) -> Client {
     let cookie = format!("frontend_lang=en; session_id={session}");
     gateway.open("?version=18.0-7", &[("User-Agent", "browser"), ("Cookie", &cookie)])
 }
-
-const PEEK: &str = "/websocket/peek_notifications";
-const PRESENCE: &str = "/websocket/update_bus_presence";
-const CLOSED: &str = "/websocket/on_closed";
 
 #[test]
 fn odoo_says_what_is_subscribed_to() {
@@ -309,6 +162,8 @@ fn an_odoo_that_fails_is_no_end_and_no_hang() {
         "HTTP/1.1 303 See Other\r\nLocation: /web/database/selector\r\nContent-Length: 0\r\n\r\n",
         "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
         "garbage\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{\"result\":",
+        "",
     ];
     for (at, text) in bad.into_iter().enumerate() {
         let session = format!("bad{at}");
@@ -317,6 +172,10 @@ fn an_odoo_that_fails_is_no_end_and_no_hang() {
         client.subscribe("[]", 0);
         client.closed_with(1013, "Odoo cannot be asked now");
     }
+    odoo.answer("giant", Answer::Giant(5 << 20));
+    let mut client = visitor(&gateway, "giant");
+    client.subscribe("[]", 0);
+    client.closed_with(1013, "Odoo cannot be asked now");
     odoo.answer("elsewhere", Answer::Known("unknown", 3, ""));
     let mut client = visitor(&gateway, "elsewhere");
     client.subscribe("[]", 0);
@@ -327,6 +186,91 @@ fn an_odoo_that_fails_is_no_end_and_no_hang() {
     worker.dispatch(&notifications(&[(1, "broadcast")]));
     assert_eq!(good.ids(), [1]);
     gateway.wait_log(imbus::net::bridge::LogLevel::Warning, "could not ask Odoo at");
+}
+
+#[test]
+fn an_odoo_that_hangs_holds_up_nobody_else() {
+    let odoo = Odoo::start();
+    let gateway = Gateway::with(Settings { odoo_concurrency: 4, ..vouching(&odoo) });
+    let mut worker = gateway.worker();
+    let mut good = visitor(&gateway, "good");
+    good.subscribe("[]", 0);
+    worker.answer(&[]);
+    let start = Instant::now();
+    let mut hanging: Vec<Client> = (0..3)
+        .map(|at| {
+            let session = format!("hangs{at}");
+            odoo.answer(&session, Answer::Never);
+            let mut client = visitor(&gateway, &session);
+            client.subscribe("[]", 0);
+            client
+        })
+        .collect();
+    odoo.wait("they hang", |state| state.under_way == 3);
+    // Those who were let in hear, and others are let in.
+    worker.dispatch(&notifications(&[(1, "broadcast")]));
+    assert_eq!(good.ids(), [1]);
+    let mut another = visitor(&gateway, "another");
+    another.subscribe("[]", 0);
+    worker.answer(&[]);
+    worker.dispatch(&notifications(&[(2, "broadcast")]));
+    assert_eq!((good.ids(), another.ids()), (vec![2], vec![2]));
+    // A call has its end, and the places are free again. This is bounded, not timed.
+    hanging.iter_mut().for_each(|client| {
+        client.socket.get_mut().set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        client.closed_with(1013, "Odoo cannot be asked now");
+    });
+    assert!(start.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn forged_cookies_are_odoos_business_and_do_no_harm() {
+    let odoo = Odoo::start();
+    let gateway = Gateway::with(vouching(&odoo));
+    let mut worker = gateway.worker();
+    let long = format!("session_id={}", "x".repeat(6000));
+    let mut clients = Vec::new();
+    for cookie in [
+        "session_id=../../etc/passwd",
+        "session_id=\"a;b\"",
+        "session_id=a; session_id=b",
+        "session_id=%0d%0aX: y",
+        &long,
+    ] {
+        let mut client = gateway.open("?version=18.0-7", &[("Cookie", cookie)]);
+        client.subscribe("[]", 0);
+        worker.answer(&[]);
+        let head = odoo.with(|state| state.calls.last().unwrap().head.clone());
+        assert!(head.contains(&format!("cookie: {cookie}\r\n")), "{head}");
+        assert!(!head.contains("\r\nX: y"), "{head}");
+        clients.push(client);
+    }
+}
+
+#[test]
+fn who_leaves_while_it_is_asked_about_is_forgotten() {
+    let odoo = Odoo::start();
+    let gateway = Gateway::with(Settings { odoo_concurrency: 1, ..vouching(&odoo) });
+    let mut worker = gateway.worker();
+    odoo.with(|state| state.held = true);
+    let mut first = visitor(&gateway, "first");
+    first.subscribe("[]", 0);
+    odoo.wait("it is asked", |state| state.calls.len() == 1);
+    for at in 0..20 {
+        visitor(&gateway, &format!("gone{at}")).subscribe("[]", 0);
+    }
+    gateway.wait_until("they have left", |_| gateway.inspect(None).len() == 1);
+    // One that changes its mind is asked about once more, for the last it said.
+    first.subscribe(r#"["a"]"#, 0);
+    first.subscribe(r#"["b"]"#, 0);
+    gateway
+        .wait_until("heard", |net| net.counters().messages_received.load(std::sync::atomic::Ordering::Relaxed) == 23);
+    odoo.with(|state| state.held = false);
+    worker.answer(&[]);
+    worker.answer(&[]);
+    worker.dispatch(&notifications(&[(1, "a"), (2, "b")]));
+    assert_eq!(first.ids(), [2]);
+    assert_eq!(odoo.count(PEEK), 2);
 }
 
 #[test]

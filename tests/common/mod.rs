@@ -479,6 +479,26 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// How the connection ends within half a second; None when it goes on.
+    pub fn ended_soon(&mut self) -> Option<Ended> {
+        let end = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < end {
+            self.ws.get_ref().set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            match self.ws.read() {
+                Ok(Message::Close(Some(frame))) => {
+                    return Some(Ended::Close(frame.code.into(), frame.reason.to_string()));
+                }
+                Ok(_) => {}
+                Err(tungstenite::Error::Io(error))
+                    if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(_) => return Some(Ended::Dropped),
+            }
+        }
+        None
+    }
+}
+
 /// Odoo's table, as Odoo 18 makes it.
 pub const ODOO_TABLE: &str = "CREATE TABLE public.bus_bus (id serial PRIMARY KEY, create_uid int, write_uid int,
      channel varchar, message varchar, create_date timestamp, write_date timestamp)";
