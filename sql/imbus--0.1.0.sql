@@ -63,6 +63,7 @@ CREATE TABLE @extschema@.ir_async (
     identity_key varchar,
     depends_on bigint[],
     token text,
+    errors jsonb NOT NULL DEFAULT '[]',
     claimed_at timestamptz,
     finished_at timestamptz,
     CONSTRAINT ir_async_state_check
@@ -140,6 +141,13 @@ CREATE FUNCTION @extschema@.ir_async_status(id bigint) RETURNS jsonb
 CREATE FUNCTION @extschema@.ir_async_complete(id bigint) RETURNS boolean
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_complete_wrapper';
 
+CREATE FUNCTION @extschema@.ir_async_cancel(id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_cancel_wrapper';
+CREATE FUNCTION @extschema@.ir_async_retry(id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_retry_wrapper';
+CREATE FUNCTION @extschema@.ir_async_call_many(jobs jsonb) RETURNS SETOF bigint
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_call_many_wrapper';
+
 CREATE FUNCTION @extschema@.ir_async_inserted() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'ir_async_inserted_wrapper';
 CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async
@@ -194,6 +202,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.ir_async_call_notify(text, text, jsonb, jsonb, jsonb, text, integer, timestamptz, integer, interval,
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
+    @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
     @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
     @extschema@.imbus_disconnect(bigint, text),
     @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted()
@@ -213,6 +222,7 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
     @extschema@.ir_async_call_notify(text, text, jsonb, jsonb, jsonb, text, integer, timestamptz, integer, interval,
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
+    @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
     @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
     @extschema@.imbus_disconnect(bigint, text)
 TO @extowner@, pg_database_owner;
@@ -265,6 +275,9 @@ COMMENT ON FUNCTION @extschema@.ir_async_call_notify(text, text, jsonb, jsonb, j
     'enqueue a call of an SQL function, with a notification on a channel at each state; returns the id of the job';
 COMMENT ON FUNCTION @extschema@.ir_async_status(bigint) IS 'a job as JSON';
 COMMENT ON FUNCTION @extschema@.ir_async_complete(bigint) IS 'turn a job that succeeded into done';
+COMMENT ON FUNCTION @extschema@.ir_async_cancel(bigint) IS 'end a job that waits or runs';
+COMMENT ON FUNCTION @extschema@.ir_async_retry(bigint) IS 'bring a failed or cancelled job back';
+COMMENT ON FUNCTION @extschema@.ir_async_call_many(jsonb) IS 'enqueue jobs given as objects of ir_async_call''s arguments';
 COMMENT ON FUNCTION @extschema@.imbus_gateway_state() IS 'what imbus_stat_gateway shows';
 COMMENT ON FUNCTION @extschema@.imbus_bus_state() IS 'what imbus_stat_bus shows';
 COMMENT ON FUNCTION @extschema@.imbus_connections() IS 'what imbus_stat_connections shows';

@@ -17,6 +17,8 @@ pub enum State {
     /// Ended, nothing left to see.
     Done,
     Failed,
+    /// Ended because somebody wanted it to.
+    Cancelled,
 }
 
 impl State {
@@ -28,6 +30,7 @@ impl State {
             State::Succeeded => "succeeded",
             State::Done => "done",
             State::Failed => "failed",
+            State::Cancelled => "cancelled",
         }
     }
 

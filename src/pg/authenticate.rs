@@ -3,6 +3,7 @@
 use super::datum::JsonbText;
 use super::ffi;
 use super::guc;
+use super::limit::Limit;
 use super::report::{Outcome, report};
 use super::sql;
 use super::transaction::{self, Failure, as_user, safely};
@@ -10,10 +11,7 @@ use pgrx::prelude::*;
 use pgrx::{FromDatum, IntoDatum};
 
 /// How long the function may take, in milliseconds: what is committed waits for it.
-const PATIENCE: i32 = 500;
-
-/// Then it is cancelled so often, should it catch that, in milliseconds.
-const AGAIN: i32 = 50;
+const PATIENCE: i64 = 500;
 
 /// The lock method of advisory locks (lock.h).
 const USER_LOCKMETHOD: u16 = 2;
@@ -102,34 +100,5 @@ fn call(function: pg_sys::Oid, arguments: [Option<pg_sys::Datum>; 2]) -> Option<
         let address = (*info).fn_addr?;
         let datum = ffi::guarded(|| address(frame));
         JsonbText::from_datum(datum, (*frame).isnull).map(|text| text.0)
-    }
-}
-
-/// The statement's time limit, lifted when dropped.
-struct Limit;
-
-impl Limit {
-    fn set(milliseconds: i32) -> Limit {
-        // SAFETY: the handler is registered in every backend (InitPostgres); it asks for a cancel.
-        unsafe {
-            let end = pg_sys::GetCurrentTimestamp() + i64::from(milliseconds) * 1000;
-            ffi::guarded(|| ffi::enable_timeout_every(ffi::STATEMENT_TIMEOUT, end, AGAIN));
-        }
-        Limit
-    }
-
-    fn lift() {
-        // SAFETY: as in `set`; one that is not set is no error.
-        unsafe {
-            ffi::guarded(|| ffi::disable_timeout(ffi::STATEMENT_TIMEOUT, false));
-            // One that came too late is not for what comes next.
-            pg_sys::QueryCancelPending = 0;
-        }
-    }
-}
-
-impl Drop for Limit {
-    fn drop(&mut self) {
-        Limit::lift();
     }
 }

@@ -4,11 +4,14 @@ use super::call::{self, Arguments};
 use super::datum::{JsonbText, Text};
 use super::functions::{channel, filled, given};
 use super::report::{Outcome, not_preloaded, report};
-use super::{jobs, shared};
+use super::transaction::safely;
+use super::{jobs, shared, sql};
 use crate::core::channel::Channel;
 use crate::core::error::Error;
+use crate::core::json;
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::prelude::*;
+use std::collections::HashMap;
 
 /// The optional arguments that `ir_async_call` and `ir_async_call_notify` share.
 struct Options {
@@ -44,11 +47,80 @@ impl Options {
                 "Leave model, res_ids and su out: the target is an SQL function.",
             );
         }
-        if self.timeout.is_some() {
-            return unsupported("timeout", "Leave timeout out.");
-        }
         Ok(())
     }
+}
+
+/// What the jobs of one call have in common.
+struct Call {
+    role: pg_sys::Oid,
+    search_path: String,
+    /// What targets mean for so many positional arguments and these names.
+    resolved: HashMap<(String, usize, Vec<String>), String>,
+}
+
+impl Call {
+    /// Errors: 42501 for a role that cannot log in, 55000 without the workers.
+    fn begin() -> Outcome<Call> {
+        if shared::get().is_none() {
+            return Err(not_preloaded("a job"));
+        }
+        Ok(Call { role: enqueuing_role()?, search_path: search_path(), resolved: HashMap::new() })
+    }
+
+    fn enqueue(&mut self, job: Job) -> Outcome<i64> {
+        let Job { target, args, kwargs, description, notify, options } = job;
+        options.check()?;
+        let target = filled(target, "target")?;
+        let args = args.map_or_else(|| "[]".to_owned(), |json| json.0);
+        let kwargs = kwargs.map_or_else(|| "{}".to_owned(), |json| json.0);
+        let arguments = Arguments::parse(&args, &kwargs)?;
+        let max_attempts = options.max_attempts.unwrap_or(1);
+        if max_attempts < 1 {
+            let value = max_attempts.to_string();
+            let reason = "it must be at least 1".into();
+            return Err(Error::Argument { argument: "max_attempts", value, reason }.into());
+        }
+        let names = arguments.kwargs.iter().map(|(name, _)| name.clone()).collect();
+        let key = (target, arguments.args.len(), names);
+        let signature = match self.resolved.get(&key) {
+            Some(signature) => signature.clone(),
+            None => {
+                let signature = call::resolve(&key.0, &arguments)?;
+                self.resolved.insert(key, signature.clone());
+                signature
+            }
+        };
+        jobs::enqueue(jobs::New {
+            target: signature,
+            args,
+            kwargs,
+            description: description.map(|text| text.0),
+            notify,
+            queue: options.queue.map_or_else(|| "default".to_owned(), |text| text.0),
+            priority: options.priority.unwrap_or(10),
+            run_at: options.run_at,
+            max_attempts,
+            retry_delay: bounded(options.retry_delay, "retry_delay", false)?,
+            timeout: bounded(options.timeout, "timeout", true)?,
+            identity_key: options.identity_key.map(|text| text.0),
+            depends_on: options.depends_on.map(|ids| ids.into_iter().flatten().collect()),
+            user_id: options.user_id,
+            context: options.context.map(|json| json.0),
+            role: self.role,
+            search_path: self.search_path.clone(),
+        })
+    }
+}
+
+/// A job as it is asked for.
+struct Job {
+    target: Option<Text>,
+    args: Option<JsonbText>,
+    kwargs: Option<JsonbText>,
+    description: Option<Text>,
+    notify: Option<Channel>,
+    options: Options,
 }
 
 fn enqueue(
@@ -59,39 +131,67 @@ fn enqueue(
     notify: Option<Channel>,
     options: Options,
 ) -> Outcome<i64> {
-    if shared::get().is_none() {
-        return Err(not_preloaded("a job"));
+    Call::begin()?.enqueue(Job { target, args, kwargs, description, notify, options })
+}
+
+/// The jobs in a JSON array, with the names and types of `ir_async_call`'s arguments.
+const MANY: &str = "
+    SELECT x.target, x.args, x.kwargs, x.description, x.notify, x.queue, x.priority, x.run_at, x.max_attempts,
+           x.retry_delay, x.timeout, x.identity_key, x.depends_on, x.model, x.res_ids, x.user_id, x.context, x.su
+      FROM pg_catalog.jsonb_to_recordset($1) AS x (
+           target text, args jsonb, kwargs jsonb, description text, notify jsonb, queue text, priority integer,
+           run_at timestamptz, max_attempts integer, retry_delay interval, timeout interval, identity_key text,
+           depends_on bigint[], model text, res_ids bigint[], user_id integer, context jsonb, su boolean)";
+
+/// The names in the objects of a JSON array that are no arguments.
+const UNKNOWN: &str = "
+    SELECT k.name FROM pg_catalog.jsonb_array_elements($1) e (job), pg_catalog.jsonb_object_keys(e.job) k (name)
+     WHERE k.name <> ALL (ARRAY['target', 'args', 'kwargs', 'description', 'notify', 'queue', 'priority', 'run_at',
+           'max_attempts', 'retry_delay', 'timeout', 'identity_key', 'depends_on', 'model', 'res_ids', 'user_id',
+           'context', 'su']) LIMIT 1";
+
+/// `ir_async_call_many(jobs jsonb)`: enqueues all jobs of an array of objects, whose names are the arguments of
+/// `ir_async_call`, in order, or none; their ids in the same order. Errors: 22023 for anything else than such objects, and
+/// those of `ir_async_call`.
+#[pg_extern]
+fn ir_async_call_many(jobs: Option<JsonbText>) -> Outcome<SetOfIterator<'static, i64>> {
+    let text = given(jobs, "jobs")?.0;
+    let wrong = |reason: &str| Error::Argument { argument: "jobs", value: text.clone(), reason: reason.to_owned() };
+    let elements = json::elements(&text)?.ok_or_else(|| wrong("it must be a JSON array"))?;
+    if !elements.iter().all(|element| element.starts_with('{')) {
+        return Err(wrong("its elements must be objects").into());
     }
-    options.check()?;
-    let target = filled(target, "target")?;
-    let args = args.map_or_else(|| "[]".to_owned(), |json| json.0);
-    let kwargs = kwargs.map_or_else(|| "{}".to_owned(), |json| json.0);
-    let arguments = Arguments::parse(&args, &kwargs)?;
-    let role = enqueuing_role()?;
-    let max_attempts = options.max_attempts.unwrap_or(1);
-    if max_attempts < 1 {
-        let value = max_attempts.to_string();
-        return Err(Error::Argument { argument: "max_attempts", value, reason: "it must be at least 1".into() }.into());
+    let unknown = safely(|| sql::first(UNKNOWN, &[JsonbText(text.clone()).into()], |row| row.text(1)))?;
+    if let Some(name) = unknown {
+        return Err(wrong(&format!("a job has no argument \"{name}\"")).into());
     }
-    let signature = call::resolve(&target, &arguments)?;
-    jobs::enqueue(jobs::New {
-        target: signature,
-        args,
-        kwargs,
-        description: description.map(|text| text.0),
-        notify,
-        queue: options.queue.map_or_else(|| "default".to_owned(), |text| text.0),
-        priority: options.priority.unwrap_or(10),
-        run_at: options.run_at,
-        max_attempts,
-        retry_delay: options.retry_delay,
-        identity_key: options.identity_key.map(|text| text.0),
-        depends_on: options.depends_on.map(|ids| ids.into_iter().flatten().collect()),
-        user_id: options.user_id,
-        context: options.context.map(|json| json.0),
-        role,
-        search_path: search_path(),
-    })
+    let wanted = safely(|| sql::rows(MANY, &[JsonbText(text.clone()).into()], job))?;
+    let mut call = Call::begin()?;
+    let ids = wanted.into_iter().map(|(mut job, notify)| {
+        job.notify = notify.map(|json| channel(Some(json), "notify")).transpose()?;
+        call.enqueue(job)
+    });
+    Ok(SetOfIterator::new(ids.collect::<Outcome<Vec<i64>>>()?))
+}
+
+fn job(row: &sql::Row) -> Outcome<(Job, Option<JsonbText>)> {
+    let options = Options {
+        queue: row.get(6)?,
+        priority: row.get(7)?,
+        run_at: row.get(8)?,
+        max_attempts: row.get(9)?,
+        retry_delay: row.get(10)?,
+        timeout: row.get(11)?,
+        identity_key: row.get(12)?,
+        depends_on: row.get(13)?,
+        model: row.get(14)?,
+        res_ids: row.get(15)?,
+        user_id: row.get(16)?,
+        context: row.get(17)?,
+        su: row.get(18)?,
+    };
+    let (target, args, kwargs, description) = (row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?);
+    Ok((Job { target, args, kwargs, description, notify: None, options }, row.get(5)?))
 }
 
 /// The search_path in force: the job runs with it.
@@ -225,4 +325,34 @@ fn ir_async_status(id: Option<i64>) -> Outcome<Option<JsonbText>> {
 #[pg_extern]
 fn ir_async_complete(id: Option<i64>) -> Outcome<bool> {
     jobs::complete(given(id, "id")?)
+}
+
+/// An interval that is an option: not negative, at most a year; `positive` where zero makes no sense. Errors: 22023.
+fn bounded(value: Option<Interval>, argument: &'static str, positive: bool) -> Outcome<Option<Interval>> {
+    let Some(interval) = value else { return Ok(None) };
+    // As PostgreSQL compares intervals: months of 30 days.
+    let days = i128::from(interval.months()) * 30 + i128::from(interval.days());
+    let micros = days * 86_400_000_000 + i128::from(interval.micros());
+    let year = 366 * 86_400_000_000;
+    if micros < i128::from(positive) || micros > year {
+        let least = if positive { "more than 0" } else { "at least 0" };
+        let reason = format!("it must be {least} and at most a year");
+        return Err(Error::Argument { argument, value: format!("{micros} microseconds"), reason }.into());
+    }
+    Ok(Some(interval))
+}
+
+/// `ir_async_cancel(id bigint)`: ends a job. One that waits is `cancelled` with this transaction; one that runs is stopped
+/// at once and its effect undone, whatever becomes of this transaction. True when it was there to be ended. Errors: 42704,
+/// 42501.
+#[pg_extern]
+fn ir_async_cancel(id: Option<i64>) -> Outcome<bool> {
+    jobs::cancel(given(id, "id")?)
+}
+
+/// `ir_async_retry(id bigint)`: brings a failed or cancelled job back. True when it did, false when it waits or runs.
+/// Errors: 42704, 42501, 55000.
+#[pg_extern]
+fn ir_async_retry(id: Option<i64>) -> Outcome<bool> {
+    jobs::retry(given(id, "id")?)
 }

@@ -6,7 +6,7 @@ use super::datum::{JsonbText, Text};
 use super::report::{Outcome, internal, report};
 use super::sql;
 use super::transaction::{Failure, as_owner, safely};
-use super::{wake, worker};
+use super::{shared, wake, worker};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::core::json;
@@ -89,6 +89,7 @@ pub struct New {
     pub run_at: Option<TimestampWithTimeZone>,
     pub max_attempts: i32,
     pub retry_delay: Option<Interval>,
+    pub timeout: Option<Interval>,
     pub identity_key: Option<String>,
     pub depends_on: Option<Vec<i64>>,
     pub user_id: Option<i32>,
@@ -101,14 +102,14 @@ pub struct New {
 pub fn enqueue(new: New) -> Outcome<i64> {
     let text = "
         INSERT INTO TABLE AS j (name, method, args, kwargs, notify, queue, priority, run_at, max_attempts, retry_delay,
-                                identity_key, depends_on, user_id, context, role, search_path)
+                                identity_key, depends_on, user_id, context, role, search_path, timeout)
         VALUES ($1, $2, $3, $4, $5, $6, $7, COALESCE($8, pg_catalog.now()), $9,
-                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16)
+                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17)
         ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING
         RETURNING j.id";
     let database = bus::table()?.database;
     let stored = new.notify.as_ref().map(|channel| Text(channel.stored(&database)));
-    let args: [DatumWithOid<'_>; 16] = [
+    let args: [DatumWithOid<'_>; 17] = [
         new.description.clone().map(Text).into(),
         Text(new.target).into(),
         JsonbText(new.args).into(),
@@ -125,6 +126,7 @@ pub fn enqueue(new: New) -> Outcome<i64> {
         new.context.map(JsonbText).into(),
         new.role.into(),
         Text(new.search_path).into(),
+        new.timeout.into(),
     ];
     for _ in 0..10 {
         // For this statement alone: the notification may run triggers of a user's, who may insert jobs too.
@@ -298,11 +300,14 @@ pub struct Work {
     pub args: String,
     pub kwargs: String,
     pub search_path: String,
+    /// How long it may take, in milliseconds.
+    pub timeout: Option<i64>,
 }
 
 /// Locks a claimed job for the transaction that runs it; None when the token has been given up.
 pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
-    let text = "SELECT method::text, args, kwargs, search_path FROM TABLE
+    let text = "SELECT method::text, args, kwargs, search_path,
+                       pg_catalog.ceil(EXTRACT(epoch FROM LEAST(timeout, '1 year')) * 1000)::bigint FROM TABLE
                  WHERE id = $1 AND token = $2 AND state = 'processing' FOR UPDATE";
     let found = on_table(text, &[claimed.id.into(), Text(claimed.token.clone()).into()], |row| {
         Ok(Work {
@@ -310,6 +315,7 @@ pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
             args: row.get::<JsonbText>(2)?.map(|json| json.0).unwrap_or_default(),
             kwargs: row.get::<JsonbText>(3)?.map(|json| json.0).unwrap_or_default(),
             search_path: row.text(4)?,
+            timeout: row.get(5)?,
         })
     })?;
     Ok(found.into_iter().next())
@@ -370,11 +376,23 @@ fn end_attempt(
     traceback: &str,
     delayed: bool,
 ) -> Outcome<()> {
+    // Each attempt that fails waits twice as long as the one before, up to an hour, and a little more at random, so
+    // that what failed together does not come back together.
     let text = "UPDATE TABLE j SET state = $3, token = NULL, traceback = $5,
                        payload = CASE WHEN $3 = 'failed' THEN $4 END,
+                       errors = (CASE WHEN pg_catalog.jsonb_array_length(j.errors) < 20 THEN j.errors
+                                      ELSE j.errors - 0 END)
+                                || pg_catalog.jsonb_build_array(pg_catalog.jsonb_build_object(
+                                       'attempt', j.attempts, 'at', pg_catalog.clock_timestamp(),
+                                       'error', $4 -> 'error')),
                        finished_at = CASE WHEN $3 = 'failed' THEN pg_catalog.clock_timestamp() END,
                        run_at = CASE WHEN $6 AND $3 = 'created'
-                                     THEN pg_catalog.clock_timestamp() + j.retry_delay ELSE j.run_at END,
+                                     THEN pg_catalog.clock_timestamp()
+                                          + LEAST(LEAST(j.retry_delay, '1 year') * pg_catalog.power(
+                                                      2::float8, LEAST(j.attempts, 20)::float8 - 1),
+                                                  GREATEST('1 hour', LEAST(j.retry_delay, '1 year')))
+                                            * (1 + pg_catalog.random() / 4)
+                                     ELSE j.run_at END,
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id = $1 AND token = $2 AND state = 'processing'";
     let args = [
@@ -447,7 +465,7 @@ pub fn prune(seconds: i64) -> Outcome<i64> {
 pub fn status(id: i64) -> Outcome<Option<String>> {
     let text = "SELECT pg_catalog.jsonb_build_object('id', id, 'name', name, 'state', state, 'payload', payload,
                        'queue', queue, 'priority', priority, 'attempts', attempts, 'max_attempts', max_attempts,
-                       'deaths', deaths, 'target', method, 'user_id', user_id,
+                       'deaths', deaths, 'errors', errors, 'target', method, 'user_id', user_id,
                        'created_at', create_date AT TIME ZONE 'UTC', 'run_at', run_at, 'started_at', claimed_at,
                        'finished_at', finished_at), role FROM TABLE WHERE id = $1";
     let found = on_table(text, &[id.into()], |row| {
@@ -504,4 +522,96 @@ pub fn complete(id: i64) -> Outcome<bool> {
             "Only a job that succeeded is completed.",
         )),
     }
+}
+
+/// A job that somebody wants to change: its state and its token.
+struct Known {
+    state: String,
+    token: Option<Token>,
+}
+
+/// Looks up a job that the caller may change: its own role only. Errors: 42704, 42501.
+fn own(id: i64) -> Outcome<Known> {
+    let text = "SELECT role, state::text, token::text FROM TABLE WHERE id = $1";
+    let found = on_table(text, &[id.into()], |row| {
+        let token = row.get::<Text>(3)?.map(|text| text.0);
+        Ok((row.need::<pg_sys::Oid>(1)?, Known { state: row.text(2)?, token }))
+    })?;
+    let Some((role, known)) = found.into_iter().next() else {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            &format!("job {id} does not exist"),
+            "Finished jobs are deleted after imbus.job_retention.",
+            "",
+        ));
+    };
+    // SAFETY: a catalog look-up inside a transaction.
+    if unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) } {
+        return Ok(known);
+    }
+    Err(report(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        &format!("permission denied for job {id}"),
+        "Only the role that enqueued a job changes it.",
+        "",
+    ))
+}
+
+/// Ends a job: one that waits is `cancelled` with this transaction; one that a runner works on is stopped at once,
+/// whatever becomes of this transaction, and its effect undone. False when it has ended already. Errors: 42704, 42501.
+pub fn cancel(id: i64) -> Outcome<bool> {
+    loop {
+        let known = own(id)?;
+        if !matches!(known.state.as_str(), "created" | "processing") {
+            return Ok(false);
+        }
+        if let (Some(token), Some(shared)) = (&known.token, shared::get())
+            && shared.runners().any(|(_, slot)| slot.ask_cancel(id, token))
+        {
+            // The database worker asks again should the job not heed it.
+            wake::enqueued();
+            return Ok(true);
+        }
+        let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, finished_at = pg_catalog.clock_timestamp(),
+                           write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                     WHERE id = $1 AND state = $2 AND token IS NOT DISTINCT FROM $3";
+        let args = [id.into(), Text(known.state).into(), known.token.map(Text).into()];
+        if change_and_tell(text, &args)? > 0 {
+            return Ok(true);
+        }
+        // It has just been claimed, or has just ended.
+        pgrx::check_for_interrupts!();
+    }
+}
+
+/// Records that a job was stopped because somebody wanted it to.
+pub fn cancelled(claimed: &Claimed) -> Outcome<()> {
+    let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, finished_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+    change_and_tell(text, &[claimed.id.into(), Text(claimed.token.clone()).into()])?;
+    Ok(())
+}
+
+/// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
+/// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded.
+pub fn retry(id: i64) -> Outcome<bool> {
+    let known = own(id)?;
+    if matches!(known.state.as_str(), "succeeded" | "done") {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &format!("job {id} has succeeded"),
+            &format!("Its state is \"{}\".", known.state),
+            "Only a job that failed or was cancelled is brought back.",
+        ));
+    }
+    let text = "UPDATE TABLE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
+                       finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND state IN ('failed', 'cancelled')";
+    let is_back = change_and_tell(text, &[id.into()])? > 0;
+    if is_back {
+        wake::enqueued();
+    }
+    Ok(is_back)
 }

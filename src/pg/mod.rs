@@ -17,6 +17,7 @@ mod hook;
 mod job_functions;
 mod jobs;
 mod launch;
+mod limit;
 mod link;
 mod listen;
 mod report;

@@ -4,6 +4,7 @@
 use super::call::{self, Arguments};
 use super::jobs::{self, Claimed};
 use super::launch::{self, Handle, Launch};
+use super::limit::Limit;
 use super::report::Outcome;
 use super::shared::{self, RunnerSlot, RunnerState, Shared};
 use super::transaction::{self, Failure};
@@ -58,6 +59,9 @@ impl Dispatcher {
             return;
         }
         self.rescue();
+        if self.mine().filter(|(_, slot)| slot.cancel_again()).count() > 0 {
+            self.next = Instant::now() + NO_PLACE;
+        }
         let waiting = match transaction::run(jobs::waiting) {
             Ok(waiting) => waiting,
             Err(failure) => return pgrx::warning!("imbus could not look for jobs: {failure}"),
@@ -362,19 +366,71 @@ fn linger(slot: &RunnerSlot, database: u32, role: u32) -> Option<Claimed> {
 
 /// Runs one job: effect, result, state and notification in one commit; a failure is recorded in a second one.
 fn work(claimed: &Claimed) {
-    let outcome = transaction::run(|| attempt(claimed));
+    if slot().and_then(RunnerSlot::cancelled) == Some(claimed.id) {
+        return record(claimed, &Ended::Cancelled);
+    }
+    let limit = Cell::new(None);
+    let outcome = transaction::run(|| attempt(claimed, &limit));
+    Limit::lift();
     worker::report_activity(None);
     let Err(failure) = outcome else { return };
-    if let Err(failure) = transaction::run(|| jobs::fail(claimed, &failure)) {
+    let ended = match slot().and_then(RunnerSlot::cancelled) {
+        _ if failure.code != QUERY_CANCELED => Ended::Failed(failure),
+        Some(id) if id == claimed.id => Ended::Cancelled,
+        // It was for the job before.
+        Some(_) => Ended::Interrupted,
+        None => match limit.get() {
+            Some((begun, milliseconds)) if is_over(begun, milliseconds) => Ended::Failed(timed_out(milliseconds)),
+            _ => Ended::Failed(failure),
+        },
+    };
+    record(claimed, &ended);
+}
+
+fn record(claimed: &Claimed, ended: &Ended) {
+    let recorded = transaction::run(|| match ended {
+        Ended::Failed(failure) => jobs::fail(claimed, failure),
+        Ended::Cancelled => jobs::cancelled(claimed),
+        Ended::Interrupted => jobs::runner_died(claimed, false),
+    });
+    if let Err(failure) = recorded {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);
     }
 }
 
-fn attempt(claimed: &Claimed) -> Outcome<()> {
+/// SQLSTATE query_canceled.
+const QUERY_CANCELED: &str = "57014";
+
+/// How an attempt ended that did not succeed.
+enum Ended {
+    Failed(Failure),
+    Cancelled,
+    Interrupted,
+}
+
+fn is_over(begun: Instant, milliseconds: i64) -> bool {
+    i64::try_from(begun.elapsed().as_millis()).unwrap_or(i64::MAX) >= milliseconds
+}
+
+fn timed_out(milliseconds: i64) -> Failure {
+    Failure {
+        code: "timeout".to_owned(),
+        message: format!("the job took longer than its timeout of {milliseconds} ms"),
+        detail: None,
+        hint: None,
+    }
+}
+
+fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>) -> Outcome<()> {
     let Some(work) = jobs::lock(claimed)? else { return Ok(()) };
     worker::report_activity(Some(&work.target));
     let arguments = Arguments::parse(&work.args, &work.kwargs)?;
+    let guard = work.timeout.map(|milliseconds| {
+        limit.set(Some((Instant::now(), milliseconds)));
+        Limit::set(milliseconds)
+    });
     let result = call::run(&work.target, &arguments, &work.search_path)?;
+    drop(guard);
     jobs::succeed(claimed, result.as_deref())
 }
 

@@ -167,6 +167,8 @@ pub struct RunnerSlot {
     /// The job it works on, 0 when idle.
     job: AtomicI64,
     token: [AtomicU64; 2],
+    /// The job that somebody wants it to stop, 0 for none.
+    cancel: AtomicI64,
     /// It was told to leave because the database is held, so its job did not die.
     pub held: AtomicBool,
     /// When it was reserved, in microseconds since 2000.
@@ -185,6 +187,7 @@ impl Default for RunnerSlot {
             role: AtomicU32::new(0),
             job: AtomicI64::new(0),
             token: [AtomicU64::new(0), AtomicU64::new(0)],
+            cancel: AtomicI64::new(0),
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
             leave: AtomicU32::new(0),
@@ -228,6 +231,7 @@ impl RunnerSlot {
             let half = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
             cell.store(half.unwrap_or(0), Ordering::Release);
         }
+        self.cancel.store(0, Ordering::Release);
         self.job.store(id, Ordering::Release);
     }
 
@@ -242,6 +246,41 @@ impl RunnerSlot {
     /// It has ended its job.
     pub fn clear_job(&self) {
         self.job.store(0, Ordering::Release);
+        self.cancel.store(0, Ordering::Release);
+    }
+
+    /// Asks it to stop this job, if it works on it by this token.
+    pub fn ask_cancel(&self, id: i64, token: &str) -> bool {
+        if self.job() != Some((id, token.to_owned())) {
+            return false;
+        }
+        self.cancel.store(id, Ordering::Release);
+        self.interrupt();
+        true
+    }
+
+    /// Interrupts it again if the job it was asked to stop still runs.
+    pub fn cancel_again(&self) -> bool {
+        let (id, asked) = (self.job.load(Ordering::Acquire), self.cancel.load(Ordering::Acquire));
+        let is_due = asked != 0 && id == asked;
+        if is_due {
+            self.interrupt();
+        }
+        is_due
+    }
+
+    fn interrupt(&self) {
+        let pid = self.process.pid();
+        // One that is on its way looks before it begins.
+        if pid > 0 && self.state() == RunnerState::Running {
+            // SAFETY: a signal to a process of this server, of the same operating system's user.
+            unsafe { libc::kill(pid, libc::SIGINT) };
+        }
+    }
+
+    /// The job that it was asked to stop.
+    pub fn cancelled(&self) -> Option<i64> {
+        Some(self.cancel.load(Ordering::Acquire)).filter(|id| *id != 0)
     }
 
     /// Gives the place back.

@@ -21,7 +21,7 @@ SELECT ir_async_call('regress_add', '[1]', '[2]');
 SELECT ir_async_call('regress_add', '[1]', notify => '42');
 SELECT ir_async_call('regress_add', '[1]', max_attempts => 0);
 SELECT ir_async_call('write', model => 'res.partner', res_ids => '{1}');
-SELECT ir_async_call('regress_add', '[1]', timeout => '1 s');
+SELECT ir_async_call('regress_add', '[1]', timeout => '0');
 SELECT ir_async_call_notify('x', 'regress_add', '[1]', '{}', NULL);
 
 CREATE ROLE imbus_regress_nologin;
