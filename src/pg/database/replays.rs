@@ -15,6 +15,8 @@ use std::sync::atomic::Ordering;
 /// Bytes of messages in one page; the rows of one step may go over it. A page waits in the gateway for a client that may
 /// never read it, so it is no longer than it takes to keep a socket busy until the next one.
 const PAGE_BYTES: usize = 256 * 1024;
+/// Bytes of messages in one message of the link (core::link::FRAME_MAX, with ample room for one more row).
+const PART: usize = 1 << 28;
 /// Rows read in the first step. Later ones read more or less, by how long the messages are.
 const FIRST_ROWS: usize = 4;
 /// Steps made for one page, however little they find: others are waiting, and so is what is committed meanwhile.
@@ -88,11 +90,13 @@ impl Database {
         }
     }
 
-    /// Sends a page; one of giants in parts, as a message of the link has its limit.
+    /// Sends a page; one of giants in parts, as a message of the link has its limit. Only those: the gateway takes each
+    /// part for an answer and may ask for the next page after it, so that parts make ever more pages of which nobody
+    /// asked for the second.
     fn send_page(&mut self, request: u64, notifications: Vec<Notification>, more: bool) {
         let (mut part, mut bytes) = (Vec::new(), 0);
         for notification in notifications {
-            if bytes >= PAGE_BYTES {
+            if bytes >= PART {
                 bytes = 0;
                 let notifications = std::mem::take(&mut part);
                 self.send(&Event::Recovered { request, notifications, more: true });
