@@ -100,6 +100,31 @@ impl Bus {
         Ok(ids.iter().filter_map(|id| rows.remove(id)).collect())
     }
 
+    /// How many of these rows, from the first on, have messages of so many bytes together, at least one; None when all
+    /// have less. A length is known without the message.
+    pub fn fitting(&self, ids: &[i64], bytes: usize) -> Outcome<Option<usize>> {
+        let condition = "i.id = ANY($1)";
+        let lengths: std::collections::HashMap<i64, usize> =
+            self.lengths(condition, &[ids.to_vec().into()])?.into_iter().collect();
+        Ok(prefix(ids.iter().map(|id| lengths.get(id).copied().unwrap_or_default()), bytes))
+    }
+
+    /// The same of the first `limit` rows above `low`.
+    pub fn fitting_above(&self, low: i64, limit: i64, bytes: usize, scope: Scope) -> Outcome<Option<usize>> {
+        let condition = format!("i.id > $1{} ORDER BY i.id LIMIT $2", scope.condition());
+        let lengths = self.lengths(&condition, &[low.into(), limit.into()])?;
+        Ok(prefix(lengths.into_iter().map(|(_, length)| length), bytes))
+    }
+
+    fn lengths(&self, condition: &str, args: &[pgrx::datum::DatumWithOid<'_>]) -> Outcome<Vec<(i64, usize)>> {
+        let text = format!(
+            "SELECT id::bigint, COALESCE(pg_catalog.octet_length(message::text), 0) FROM {} i WHERE {condition}",
+            self.name
+        );
+        let read = |row: &sql::Row| Ok((row.need(1)?, usize::try_from(row.need::<i32>(2)?).unwrap_or_default()));
+        self.as_owner(|| sql::rows(&text, args, read))
+    }
+
     /// The first `limit` visible rows above `low`, ascending: one range of the primary key.
     pub fn above(&self, low: i64, limit: i64, scope: Scope) -> Outcome<Vec<RawRow>> {
         let condition = format!("i.id > $1{} ORDER BY i.id LIMIT $2", scope.condition());
@@ -316,6 +341,18 @@ impl Bus {
         taken.sort_unstable_by_key(|row| row.id);
         Ok(taken)
     }
+}
+
+/// How many of these, from the first on, come to so many bytes, at least one; None when all come to less.
+fn prefix(lengths: impl Iterator<Item = usize>, bytes: usize) -> Option<usize> {
+    let mut sum = 0usize;
+    for (at, length) in lengths.enumerate() {
+        sum = sum.saturating_add(length);
+        if sum > bytes {
+            return Some(at.max(1));
+        }
+    }
+    None
 }
 
 /// A row that was moved to another table.

@@ -17,7 +17,8 @@ use std::sync::atomic::Ordering;
 const PAGE_BYTES: usize = 256 * 1024;
 /// Bytes of messages in one message of the link (core::link::FRAME_MAX, with ample room for one more row).
 const PART: usize = 1 << 28;
-/// Rows read in the first step. Later ones read more or less, by how long the messages are.
+/// Rows read in the first step, whatever their length. Later ones read more or less, by how long the messages were, and no
+/// more than fit in a page.
 const FIRST_ROWS: usize = 4;
 /// Steps made for one page, however little they find: others are waiting, and so is what is committed meanwhile.
 const STEPS: usize = 4;
@@ -155,8 +156,15 @@ impl Database {
                 Ok(Some(rows))
             }
             Step::Above(id) => {
-                let mut rows = transaction::run(|| self.same_table()?.above(id, answer.rows as i64, scope))?;
-                let end = rows.last().map(|row| row.id).filter(|_| rows.len() == answer.rows);
+                let mut limit = answer.rows;
+                let mut rows = transaction::run(|| {
+                    let bus = self.same_table()?;
+                    if limit > FIRST_ROWS {
+                        limit = bus.fitting_above(id, limit as i64, PAGE_BYTES, scope)?.unwrap_or(limit);
+                    }
+                    bus.above(id, limit as i64, scope)
+                })?;
+                let end = rows.last().map(|row| row.id).filter(|_| rows.len() == limit);
                 answer.learn(&rows);
                 rows.retain(|row| answer.replay.owes_from_table(tracker, row.id));
                 answer.replay.scanned(tracker, end);
@@ -164,13 +172,21 @@ impl Database {
             }
         }
     }
+
     /// The next of the rows that the journal has named.
     fn named_rows(&self, answer: &mut Answer, scope: Scope) -> Result<Vec<RawRow>, Failure> {
-        let ids: Vec<i64> = answer.named.drain(..answer.rows.min(answer.named.len())).collect();
-        if ids.is_empty() {
+        let count = answer.rows.min(answer.named.len());
+        if count == 0 {
             return Ok(Vec::new());
         }
-        let rows = transaction::run(|| self.same_table()?.among(&ids, scope))?;
+        let ids: Vec<i64> = answer.named.iter().take(count).copied().collect();
+        let (count, rows) = transaction::run(|| {
+            let bus = self.same_table()?;
+            let fitting = if count > FIRST_ROWS { bus.fitting(&ids, PAGE_BYTES)? } else { None };
+            let count = fitting.unwrap_or(count);
+            Ok((count, bus.among(ids.get(..count).unwrap_or_default(), scope)?))
+        })?;
+        answer.named.drain(..count);
         answer.learn(&rows);
         Ok(rows)
     }
