@@ -484,11 +484,54 @@ fn odoos_table_takes_over_without_a_loss() {
     let mut all: Vec<String> = (0..20).map(|n| format!("before {n}")).collect();
     all.extend((0..during.len()).map(|n| format!("during {n}")));
     all.extend(["late", "after"].map(String::from));
-    reader.until("all has come", |reader| all_came(reader, &all));
-    assert_eq!(reader.payloads().len(), all.len(), "once each: {:?}", reader.payloads());
+    let came = reader.try_until(|reader| all_came(reader, &all));
+    let got = reader.payloads();
+    let missing: Vec<&String> = all.iter().filter(|payload| !got.contains(payload)).collect();
+    assert!(came, "missing {missing:?} of {old:?} {during:?} {after}: {got:?}");
+    assert_eq!(got.len(), all.len(), "once each: {got:?}");
     let mut back = Follower::open(&cluster, &mut owner, json!(["news"]), old[4]);
     back.until("all since has come", |back| all_came(back, &all[5..]));
     assert!(!back.has("never"));
+}
+
+/// Neither is what the worker has not seen yet when the table appears.
+#[test]
+fn what_waits_for_the_worker_when_odoos_table_appears_is_delivered() {
+    let cluster = shared();
+    for round in 0..6 {
+        let name = format!("a_stopped{round}");
+        let mut owner = owned(&cluster, &name, "");
+        let mut reader = Follower::open(&cluster, &mut owner, json!(["news"]), 0);
+        publish(&mut owner, "news", "first");
+        reader.reads(&["first"]);
+        let query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'imbus database ' || current_database()";
+        let pid: i32 = cluster.connect(&name).query_one(query, &[]).unwrap().get(0);
+        common::signal_to(pid, libc::SIGSTOP);
+        let mut all: Vec<String> = (0..20).map(|n| format!("before {n}")).collect();
+        for payload in &all {
+            publish(&mut owner, "news", payload);
+        }
+        let mut late = cluster.connect_as(&name, &name);
+        late.batch_execute("BEGIN").unwrap();
+        publish(&mut late, "news", "late");
+        owner.batch_execute(ODOO_TABLE).unwrap();
+        if round % 2 == 1 {
+            publish(&mut owner, "news", "during");
+            all.push("during".to_owned());
+        }
+        common::signal_to(pid, libc::SIGCONT);
+        if round >= 2 {
+            publish(&mut owner, "news", "after");
+            all.push("after".to_owned());
+        }
+        late.batch_execute("COMMIT").unwrap();
+        all.push("late".to_owned());
+        let came = reader.try_until(|reader| all_came(reader, &all));
+        let got = reader.payloads();
+        let missing: Vec<&String> = all.iter().filter(|payload| !got.contains(payload)).collect();
+        assert!(came, "round {round}: {missing:?}");
+        assert_eq!(got.len(), all.len() + 1, "once each: {got:?}");
+    }
 }
 
 #[test]
