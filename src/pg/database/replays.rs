@@ -92,8 +92,7 @@ impl Database {
     }
 
     /// Sends a page; one of giants in parts, as a message of the link has its limit. Only those: the gateway takes each
-    /// part for an answer and may ask for the next page after it, so that parts make ever more pages of which nobody
-    /// asked for the second.
+    /// part for an answer, and may ask for a next page after each.
     fn send_page(&mut self, request: u64, notifications: Vec<Notification>, more: bool) {
         let (mut part, mut bytes) = (Vec::new(), 0);
         for notification in notifications {
