@@ -249,6 +249,38 @@ test('a trigger of Odoo\'s cron still reaches its processes', async () => {
   listener.stdin.end();
 });
 
+test('a database without Odoo is served beside them, by tokens', async () => {
+  const token = sql(`SELECT bus_token('["news"]')`, 'plain');
+  const peek = async () => {
+    const reply = await fetch(`http://127.0.0.1:${process.env.IMBUS_BUS}/websocket/peek_notifications?token=${token}`, {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json' },
+      body: JSON.stringify({ jsonrpc: '2.0', method: 'call', id: 1, params: { channels: ['news'], last: 0 } }),
+    });
+    return (await reply.json()).result.notifications.map(({ message }) => message.payload);
+  };
+  sql(`SELECT bus_sendone('news', 't', '"in plain"')`, 'plain');
+  sql(`SELECT bus_sendone('news', 't', '"in odoo_a"')`, 'odoo_a');
+  await until('it has come', async () => (await peek()).includes('in plain'));
+  assert.ok(!(await peek()).includes('in odoo_a'));
+});
+
+test('names of other records are names, and nothing more', async () => {
+  const { result } = await admin.page.evaluate(async () => {
+    const response = await fetch('/websocket/peek_notifications', {
+      method: 'POST',
+      headers: { 'Content-Type': 'application/json' },
+      body: JSON.stringify({
+        jsonrpc: '2.0', method: 'call', id: 1,
+        params: { channels: ['res.partner_7', '["odoo_a","res.partner",7]', 'odoo-presence-res.partner_999'], last: 0, is_first_poll: true },
+      }),
+    });
+    return response.json();
+  });
+  const records = result.channels.filter((channel) => channel[1] === 'res.partner' && channel.length === 3);
+  assert.deepEqual(records, [['odoo_a', 'res.partner', 3]]);
+});
+
 test('a visitor without a session is the public, and hears nothing of users', async () => {
   const before = sockets('res.partner(3)');
   const reply = await fetch(`http://127.0.0.1:${process.env.IMBUS_BUS}/websocket/peek_notifications`, {
