@@ -4,8 +4,8 @@
 #![allow(dead_code)]
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,13 @@ pub struct State {
     pub answers: HashMap<String, Answer>,
     /// Calls wait as long as this is set.
     pub held: bool,
+    /// Visitors without a session get one of their own each, as from the real one: `fresh1`, `fresh2`, …
+    pub fresh: bool,
+    /// It is down: nobody listens.
+    down: bool,
+    connections: Vec<TcpStream>,
+    /// How many connections were ever made to it.
+    pub accepted: usize,
 }
 
 #[derive(Clone)]
@@ -46,6 +53,12 @@ pub enum Answer {
     Never,
     /// So many bytes of white space before the answer.
     Giant(usize),
+    /// This JSON as the list of channels.
+    Channels(&'static str),
+    /// An answer that comes byte by byte and never ends, with its head whole.
+    Dribble,
+    /// As [`Answer::Known`] while somebody waits for it (`is_first_poll`), never when a session is checked.
+    NeverChecked(&'static str, u32),
 }
 
 #[derive(Clone)]
@@ -58,14 +71,49 @@ impl Odoo {
     pub fn start() -> Odoo {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let odoo = Odoo { port: listener.local_addr().unwrap().port(), state: Arc::default() };
-        let served = odoo.clone();
+        odoo.listen(listener);
+        odoo
+    }
+
+    fn listen(&self, listener: TcpListener) {
+        let served = self.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
+                if served.with(|state| state.down) {
+                    return;
+                }
                 let odoo = served.clone();
-                std::thread::spawn(move || odoo.serve(stream));
+                odoo.with(|state| {
+                    state.accepted += 1;
+                    state.connections.push(stream.try_clone().unwrap());
+                });
+                std::thread::spawn(move || {
+                    let ends = stream.try_clone().unwrap();
+                    odoo.serve(stream);
+                    // Another hold on it is kept, so that it ends only when told.
+                    let _ = ends.shutdown(Shutdown::Both);
+                });
             }
         });
-        odoo
+    }
+
+    /// Goes down with all its connections.
+    pub fn stop(&self) {
+        self.with(|state| state.down = true);
+        // The listener looks at that when somebody comes.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+        let end = Instant::now() + PATIENCE;
+        while TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+            assert!(Instant::now() < end, "the listener does not go");
+            std::thread::yield_now();
+        }
+        self.with(|state| state.connections.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both))));
+    }
+
+    /// Comes back on the same port.
+    pub fn come_back(&self) {
+        self.with(|state| state.down = false);
+        self.listen(TcpListener::bind(("127.0.0.1", self.port)).unwrap());
     }
 
     pub fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
@@ -113,21 +161,27 @@ impl Odoo {
                 }
             }
             let mut body = vec![0; length];
-            reader.read_exact(&mut body).unwrap();
+            if reader.read_exact(&mut body).is_err() {
+                return;
+            }
             let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
             let path = head.split(' ').nth(1).unwrap().to_owned();
             let session = head.split("session_id=").nth(1).unwrap_or("");
             let session = session.split([';', '\r']).next().unwrap_or("").to_owned();
             let params = body["params"].clone();
-            let answer = self.with(|state| {
+            let (answer, number) = self.with(|state| {
                 state.calls.push(Call { path: path.clone(), head: head.clone(), params: params.clone() });
                 state.under_way += 1;
                 state.most = state.most.max(state.under_way);
-                state.answers.get(&session).cloned()
+                (state.answers.get(&session).cloned(), state.calls.len())
             });
             self.wait("let go", |state| !state.held);
             let none = if session.is_empty() { "Set-Cookie: session_id=given; HttpOnly; Path=/\r\n" } else { "" };
-            let answer = answer.unwrap_or(Answer::Known("demo", if session.is_empty() { 0 } else { 3 }, none));
+            let mut answer = answer.unwrap_or(Answer::Known("demo", if session.is_empty() { 0 } else { 3 }, none));
+            if let Answer::NeverChecked(database, partner) = answer {
+                let is_check = path == PEEK && params["is_first_poll"] != true;
+                answer = if is_check { Answer::Never } else { Answer::Known(database, partner, "") };
+            }
             let text = match answer {
                 Answer::Raw(text) => {
                     self.with(|state| state.under_way -= 1);
@@ -139,6 +193,17 @@ impl Odoo {
                     self.with(|state| state.under_way -= 1);
                     return;
                 }
+                Answer::Dribble => {
+                    dribble(&mut stream);
+                    self.with(|state| state.under_way -= 1);
+                    return;
+                }
+                Answer::NeverChecked(..) => unreachable!("decided above"),
+                Answer::Channels(_) if path != PEEK => response("", r#"{"jsonrpc":"2.0","id":1,"result":{}}"#),
+                Answer::Channels(channels) => response(
+                    "",
+                    &format!(r#"{{"jsonrpc":"2.0","id":1,"result":{{"channels":{channels},"notifications":[]}}}}"#),
+                ),
                 Answer::Giant(length) => response("", &" ".repeat(length)),
                 Answer::Expired => response(
                     "",
@@ -158,6 +223,9 @@ impl Odoo {
                         channels.push(serde_json::json!([database, "res.partner", partner]));
                     }
                     let result = serde_json::json!({"channels": channels, "notifications": []});
+                    let fresh = session.is_empty() && self.with(|state| state.fresh);
+                    let own = format!("Set-Cookie: session_id=fresh{number}; HttpOnly; Path=/\r\n");
+                    let lines = if fresh { own.as_str() } else { lines };
                     response(lines, &serde_json::json!({"jsonrpc": "2.0", "id": 1, "result": result}).to_string())
                 }
             };
@@ -167,6 +235,34 @@ impl Odoo {
             }
         }
     }
+}
+
+/// Says a head, and then a byte now and then until nobody listens.
+fn dribble(stream: &mut TcpStream) {
+    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{");
+    stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    loop {
+        // The pause between two bytes: nothing more is said to it.
+        match stream.read(&mut [0]) {
+            Ok(_) => return,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(_) => return,
+        }
+        if stream.write_all(b" ").is_err() {
+            return;
+        }
+    }
+}
+
+/// The same answer in chunks.
+pub fn chunked(body: &str) -> String {
+    let (one, two) = body.split_at(body.len() / 2);
+    format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n\
+         {:x}\r\n{one}\r\n{:x}\r\n{two}\r\n0\r\n\r\n",
+        one.len(),
+        two.len()
+    )
 }
 
 pub fn response(lines: &str, body: &str) -> String {
