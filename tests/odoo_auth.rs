@@ -120,3 +120,52 @@ fn odoo_may_be_elsewhere_or_nowhere_for_a_while() {
     let refused = sql.batch_execute("ALTER SYSTEM SET imbus.auth = 'odoo, nonsense'");
     assert_eq!(refused.unwrap_err().code().unwrap().code(), "22023");
 }
+
+#[test]
+fn databases_with_and_without_odoo_are_served_together() {
+    let odoo = Odoo::start();
+    let cluster = asking(&odoo, &[]);
+    let mut one = cluster.database_with("one", ODOO_TABLE);
+    let mut plain = cluster.database("plain");
+    odoo.answer("s", Answer::Known("one", 3, ""));
+    let mut first = visitor(&cluster, &mut one, "s");
+    first.subscribe(json!(["x"]), 0);
+    first.sync(&mut one);
+    // A token for the same record of the database that has no Odoo.
+    let mut second = cluster.socket(&mut plain, json!([["res.partner", 3], "x"]));
+    second.subscribe(json!([["res.partner", 3], "x"]), 0);
+    second.sync(&mut plain);
+    to_partner(&mut plain, "in plain");
+    assert_eq!(second.payload(), json!("in plain"));
+    to_partner(&mut one, "in one");
+    assert_eq!(first.payload(), json!("in one"));
+    first.only(&mut one, "x");
+    second.only(&mut plain, "x");
+    // Odoo's own rows, as its ORM writes them: one of its own database, one that names another.
+    let insert = "INSERT INTO public.bus_bus (channel, message) VALUES ($1, $2)";
+    let message = r#"{"type":"t","payload":"by Odoo"}"#;
+    one.execute(insert, &[&r#"["plain","res.partner",3]"#, &message]).unwrap();
+    one.execute(insert, &[&r#"["one","res.partner",3]"#, &message]).unwrap();
+    assert_eq!(first.payload(), json!("by Odoo"));
+    first.only(&mut one, "x");
+    second.only(&mut plain, "x");
+}
+
+#[test]
+fn a_database_that_gets_the_extension_later_is_served_from_then_on() {
+    let odoo = Odoo::start();
+    let cluster = asking(&odoo, &[]);
+    let mut one = cluster.database_with("one", ODOO_TABLE);
+    cluster.connect("postgres").batch_execute("CREATE DATABASE late").unwrap();
+    let mut late = cluster.connect("late");
+    late.batch_execute(ODOO_TABLE).unwrap();
+    odoo.answer("s", Answer::Known("late", 3, ""));
+    let mut refused = visitor(&cluster, &mut one, "s");
+    refused.subscribe(json!([]), 0);
+    assert!(matches!(refused.ended(), Ended::Close(1013, _)));
+    late.batch_execute("CREATE EXTENSION imbus").unwrap();
+    cluster.wait_served("late");
+    let mut socket = visitor(&cluster, &mut one, "s");
+    socket.subscribe(json!([]), 0);
+    hears(&mut late, &mut socket, "served");
+}

@@ -47,6 +47,8 @@ pub enum Answer {
     /// Of this database and partner (0: the public), with these header lines.
     Known(&'static str, u32, &'static str),
     Expired,
+    /// As the real one does with a session that has ended: the first poll makes a public one, any other call is told.
+    Ended(&'static str),
     /// These bytes, after which it hangs up.
     Raw(&'static str),
     /// Nothing, ever.
@@ -182,6 +184,11 @@ impl Odoo {
                 let is_check = path == PEEK && params["is_first_poll"] != true;
                 answer = if is_check { Answer::Never } else { Answer::Known(database, partner, "") };
             }
+            if let Answer::Ended(database) = answer {
+                let is_first = path == PEEK && params["is_first_poll"] == true;
+                let lines = "Set-Cookie: session_id=public; HttpOnly; Path=/\r\n";
+                answer = if is_first { Answer::Known(database, 0, lines) } else { Answer::Expired };
+            }
             let text = match answer {
                 Answer::Raw(text) => {
                     self.with(|state| state.under_way -= 1);
@@ -198,7 +205,7 @@ impl Odoo {
                     self.with(|state| state.under_way -= 1);
                     return;
                 }
-                Answer::NeverChecked(..) => unreachable!("decided above"),
+                Answer::NeverChecked(..) | Answer::Ended(_) => unreachable!("decided above"),
                 Answer::Channels(_) if path != PEEK => response("", r#"{"jsonrpc":"2.0","id":1,"result":{}}"#),
                 Answer::Channels(channels) => response(
                     "",
