@@ -343,6 +343,42 @@ fn many_tabs_of_a_user_are_one_who_leaves_with_the_last() {
 }
 
 #[test]
+fn a_guest_is_somebody_and_watching_a_partner_is_not_being_it() {
+    let odoo = Odoo::start();
+    let gateway = Gateway::with(vouching(&odoo));
+    let mut worker = gateway.worker();
+    let channels = r#"[["demo","res.partner",9,"presence"],["demo","mail.guest",4],["demo","discuss.channel",7],
+        ["demo","discuss.channel",7,"members"],["demo","broadcast"],["demo","res.groups",1],
+        ["demo","editor_collaboration","res.partner","comment",9]]"#;
+    odoo.answer("guest", Answer::Channels(channels));
+    let mut tabs: Vec<Client> = (0..2).map(|_| let_in(&gateway, &mut worker, "guest")).collect();
+    let subjects: Vec<_> = gateway.inspect(None).into_iter().map(|shown| shown.subject).collect();
+    assert_eq!(subjects, [Some("mail.guest(4)".to_owned()), Some("mail.guest(4)".to_owned())]);
+    worker.dispatch(&notifications(&[
+        (1, r#"["res.partner",9]"#),
+        (2, r#"["res.partner",9,"presence"]"#),
+        (3, r#"["mail.guest",5]"#),
+        (4, r#"["mail.guest",4]"#),
+        (5, r#"["discuss.channel",7]"#),
+        (6, r#"["discuss.channel",7,"members"]"#),
+        (7, r#"["discuss.channel",8]"#),
+        (8, r#"["res.groups",2]"#),
+        (9, r#"["res.groups",1]"#),
+    ]));
+    // In one frame or in several.
+    for tab in &mut tabs {
+        let mut heard = Vec::new();
+        while heard.last() != Some(&9) {
+            heard.extend(tab.ids());
+        }
+        assert_eq!(heard, [2, 4, 5, 6, 9]);
+    }
+    drop(tabs);
+    odoo.wait("the guest has left", |state| state.calls.iter().any(|call| call.path == CLOSED));
+    assert_eq!(odoo.count(CLOSED), 1);
+}
+
+#[test]
 fn a_plain_call_of_an_ended_session_says_so() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(vouching(&odoo));
