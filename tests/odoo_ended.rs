@@ -37,7 +37,6 @@ fn call(path: &str, lines: &str, params: &str) -> String {
 }
 
 #[test]
-#[ignore = "sessions are checked one after the other, and one that hangs stops the checks for a minute"]
 fn a_session_whose_check_hangs_does_not_keep_the_ended_ones_in() {
     let odoo = Odoo::start();
     let settings = Settings { session_recheck: Duration::from_millis(200), ..vouching(&odoo) };
@@ -141,7 +140,6 @@ fn a_plain_call_of_an_ended_session_says_so() {
 }
 
 #[test]
-#[ignore = "Odoo is always asked as if it were the first poll, where an ended session is the public's"]
 fn a_plain_call_that_is_not_the_first_of_an_ended_session_says_so() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(vouching(&odoo));

@@ -82,7 +82,6 @@ fn given(head: &str) -> String {
 }
 
 #[test]
-#[ignore = "equal questions of strangers share a call, and with it the session that Odoo gives"]
 fn strangers_who_open_a_websocket_at_once_never_get_the_same_session() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(Settings { odoo_concurrency: 1, ..vouching(&odoo) });
@@ -98,7 +97,6 @@ fn strangers_who_open_a_websocket_at_once_never_get_the_same_session() {
 }
 
 #[test]
-#[ignore = "equal questions of strangers share a call, and with it the session that Odoo gives"]
 fn strangers_who_peek_at_once_never_get_the_same_session() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(Settings { odoo_concurrency: 1, ..vouching(&odoo) });
@@ -314,7 +312,6 @@ fn a_form_of_another_site_says_nothing_to_odoo_in_a_users_name() {
 }
 
 #[test]
-#[ignore = "where a host's database is not known yet, Odoo is asked with the client's own last"]
 fn the_first_to_subscribe_asks_odoo_for_no_old_messages() {
     let odoo = Odoo::start();
     let gateway = Gateway::with(vouching(&odoo));

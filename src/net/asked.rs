@@ -41,8 +41,9 @@ pub struct Asked {
 /// What a request wants.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wish {
-    /// Notifications of these channels (a JSON array) after `last`; with `waits` it waits for the first.
-    Notifications { channels: String, last: i64, waits: bool },
+    /// Notifications of these channels (a JSON array) after `last`; with `waits` it waits for the first. `is_first` is for
+    /// Odoo, see [`Question::Channels`].
+    Notifications { channels: String, last: i64, waits: bool, is_first: bool },
     /// Whether there is no notification with this id.
     Missed { last: i64 },
     /// When old notifications were and will be deleted.
@@ -141,10 +142,10 @@ impl Waiting {
     pub fn for_odoo(&self) -> Question {
         match &self.wish {
             Wish::Forward { path, body } => Question::Forward { path, body: body.clone() },
-            Wish::Notifications { last, .. } => {
-                Question::Channels { channels: self.channels().to_owned(), last: *last }
+            Wish::Notifications { last, is_first, .. } => {
+                Question::Channels { channels: self.channels().to_owned(), last: *last, is_first: *is_first }
             }
-            _ => Question::Channels { channels: "[]".to_owned(), last: 0 },
+            _ => Question::Channels { channels: "[]".to_owned(), last: 0, is_first: true },
         }
     }
 

@@ -124,6 +124,8 @@ fn wanted(params: &str, waits: bool) -> Result<Wish, String> {
         channels: Option<&'a RawValue>,
         #[serde(default)]
         last: Option<i64>,
+        #[serde(default)]
+        is_first_poll: Option<bool>,
     }
     let params: Params = serde_json::from_str(params).map_err(|error| error.to_string())?;
     let last = params.last.unwrap_or(0);
@@ -131,7 +133,9 @@ fn wanted(params: &str, waits: bool) -> Result<Wish, String> {
         return Err("last must not be negative".to_owned());
     }
     let channels = params.channels.map_or("[]", RawValue::get).to_owned();
-    Ok(Wish::Notifications { channels, last, waits })
+    // Who polls subscribes anew each time, and says nothing of it.
+    let is_first = waits || params.is_first_poll.unwrap_or(false);
+    Ok(Wish::Notifications { channels, last, waits, is_first })
 }
 
 /// A JSON-RPC call of somebody who has a proof of who it is.

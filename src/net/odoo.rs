@@ -55,8 +55,9 @@ pub enum Said {
 /// What Odoo is asked.
 #[derive(Clone, Debug)]
 pub enum Question {
-    /// What a subscription to these channels (a JSON array of names) comes to; `last` is what the client has.
-    Channels { channels: String, last: i64 },
+    /// What a subscription to these channels (a JSON array of names) comes to; `last` is what the client has. `is_first`
+    /// is Odoo's is_first_poll: without it a session that has not subscribed before, or not any more, has ended.
+    Channels { channels: String, last: i64, is_first: bool },
     /// What Odoo answers to this body at this path.
     Forward { path: &'static str, body: String },
 }
@@ -104,12 +105,10 @@ pub struct Odoo {
     handovers: Arc<Handovers>,
     /// Which database a host means, for the guess how far its ids are.
     hosts: HashMap<Box<str>, u32>,
-    /// The check that is under way: its ticket, and when it began.
-    check: Option<(u64, Moment)>,
     /// The earliest next check.
     spare_until: Moment,
-    /// Calls made outside of the line: checks.
-    checks: HashMap<u64, Visitor>,
+    /// Calls made outside of the line: checks, and when they began.
+    checks: HashMap<u64, (Visitor, Moment)>,
     next_check: u64,
     complained: Option<Moment>,
 }
@@ -125,6 +124,9 @@ pub struct Room<'a> {
     pub greatest: &'a dyn Fn(u32) -> i64,
 }
 
+/// Sessions that are checked at once: one whose check hangs does not keep the others in.
+const CHECKS_AT_ONCE: usize = 2;
+
 /// Tickets of checks, which stand in no line, have this bit.
 const CHECKS: u64 = 1 << 63;
 
@@ -138,7 +140,6 @@ impl Odoo {
             visitors: Visitors::default(),
             handovers,
             hosts: HashMap::new(),
-            check: None,
             spare_until: 0,
             checks: HashMap::new(),
             next_check: 0,
@@ -151,9 +152,12 @@ impl Odoo {
         match said {
             Said::Ask { reactor, query, visitor, question } => {
                 let key = match &question {
-                    Question::Channels { channels, .. } => format!("{}\n{channels}", visitor.key),
+                    // A stranger gets a session of its own.
+                    Question::Channels { channels, is_first, .. } if visitor.session().is_some() => {
+                        format!("{is_first} {}\n{channels}", visitor.key)
+                    }
                     // Each is its own.
-                    Question::Forward { .. } => format!("{reactor} {query}"),
+                    _ => format!("{reactor} {query}"),
                 };
                 let errand = Errand::Ask { visitor: *visitor, question };
                 self.line.ask(key.into(), errand, (reactor, query), room.now);
@@ -191,36 +195,38 @@ impl Odoo {
         self.check_session(limit, room);
         room.counters.odoo_waiting.store(self.line.waiting() as u64, Ordering::Relaxed);
         room.counters.odoo_sessions.store(self.visitors.sessions() as u64, Ordering::Relaxed);
-        let is_free = self.check.is_none();
-        let check = self.visitors.next_check().filter(|_| is_free).map(|at| at.max(self.spare_until));
         // Where others wait, the time for it comes when a call comes back.
-        let check = check.filter(|_| self.line.waiting() == 0 && self.line.under_way() < limit);
+        let is_free = self.may_check(limit);
+        let check = self.visitors.next_check().filter(|_| is_free).map(|at| at.max(self.spare_until));
         [self.visitors.next_left(), self.line.deadline(), check].into_iter().flatten().min()
     }
 
     /// Checks one session that is due, while nobody waits.
     fn check_session(&mut self, limit: usize, room: &mut Room) {
-        let is_free = self.check.is_none() && self.line.waiting() == 0 && self.line.under_way() < limit;
-        if !is_free || room.now < self.spare_until {
+        if !self.may_check(limit) || room.now < self.spare_until {
             return;
         }
         let Some((_, visitor)) = self.visitors.check(room.now) else { return };
         self.next_check += 1;
         let ticket = CHECKS | self.next_check;
-        self.check = Some((ticket, room.now));
-        self.checks.insert(ticket, visitor.clone());
+        self.checks.insert(ticket, (visitor.clone(), room.now));
         self.call(ticket, &Errand::Check { visitor }, room);
+    }
+
+    fn may_check(&self, limit: usize) -> bool {
+        let under_way = self.line.under_way() + self.checks.len();
+        self.checks.len() < CHECKS_AT_ONCE && self.line.waiting() == 0 && under_way < limit
     }
 
     fn call(&mut self, ticket: u64, errand: &Errand, room: &mut Room) {
         let (visitor, path, body) = match errand {
-            Errand::Ask { visitor, question: Question::Channels { channels, last } } => {
-                let known = self.hosts.get(&visitor.host).map_or(0, |database| (room.greatest)(*database));
-                (visitor, PEEK, odoo::peek(channels, known.max(*last), true))
+            Errand::Ask { visitor, question: Question::Channels { channels, last, is_first } } => {
+                let known = self.greatest(&visitor.host, room);
+                (visitor, PEEK, odoo::peek(channels, known.max(*last), *is_first))
             }
             Errand::Ask { visitor, question: Question::Forward { path, body } } => (visitor, *path, body.clone()),
             Errand::Check { visitor } => {
-                let known = self.hosts.get(&visitor.host).map_or(0, |database| (room.greatest)(*database));
+                let known = self.greatest(&visitor.host, room);
                 (visitor, PEEK, odoo::peek("[]", known, false))
             }
             Errand::Tell { visitor, path, body } => (visitor, *path, body.clone()),
@@ -234,6 +240,13 @@ impl Odoo {
         let under_way = self.line.under_way() + self.checks.len();
         Counters::add(&room.counters.odoo_calls, 1);
         self.pool.call(Call { ticket, url, headers, body }, under_way);
+    }
+
+    /// The greatest id of the database that a host means; of all databases while it is not known which (an id that is
+    /// beyond its own counts as 0 with Odoo: the last 50 s).
+    fn greatest(&self, host: &str, room: &Room) -> i64 {
+        let all = || room.databases.iter().map(|database| (room.greatest)(database.oid)).max().unwrap_or_default();
+        self.hosts.get(host).map_or_else(all, |database| (room.greatest)(*database))
     }
 
     /// A call has come back.
@@ -276,8 +289,9 @@ impl Odoo {
 
     /// A session has been checked again.
     fn checked(&mut self, ticket: u64, result: Result<Arc<Reply>, String>, room: &mut Room) {
-        let Some(visitor) = self.checks.remove(&ticket) else { return };
-        if let Some((_, began)) = self.check.take_if(|(running, _)| *running == ticket) {
+        let Some((visitor, began)) = self.checks.remove(&ticket) else { return };
+        // One that had no answer has cost Odoo little.
+        if result.is_ok() {
             self.spare_until = room.now.saturating_add(SPARING * room.now.saturating_sub(began));
         }
         let users = self.visitors.users(&visitor.key);

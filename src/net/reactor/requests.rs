@@ -78,7 +78,7 @@ impl Reactor {
             Authority::Function(asking) => asking,
             Authority::Odoo(vouched) => {
                 let visitor = Box::new(vouched.visitor.clone());
-                return self.ask_odoo(slot, visitor, odoo::Question::Channels { channels, last });
+                return self.ask_odoo(slot, visitor, odoo::Question::Channels { channels, last, is_first: true });
             }
             _ => return,
         };
