@@ -534,6 +534,34 @@ fn what_waits_for_the_worker_when_odoos_table_appears_is_delivered() {
     }
 }
 
+/// Nor what somebody is owed who comes back at that very moment.
+#[test]
+fn who_comes_back_when_odoos_table_appears_gets_what_lay_in_the_old_one() {
+    let cluster = shared();
+    for round in 0..8 {
+        let name = format!("a_back{round}");
+        let mut owner = owned(&cluster, &name, "");
+        let mut reader = Follower::open(&cluster, &mut owner, json!(["news"]), 0);
+        let all: Vec<String> = (0..20).map(|n| format!("before {n}")).collect();
+        let first = publish(&mut owner, "news", "first");
+        for payload in &all {
+            publish(&mut owner, "news", payload);
+        }
+        reader.until("all is dispatched", |reader| all_came(reader, &all));
+        let query = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'imbus database ' || current_database()";
+        let pid: i32 = cluster.connect(&name).query_one(query, &[]).unwrap().get(0);
+        common::signal_to(pid, libc::SIGSTOP);
+        owner.batch_execute(ODOO_TABLE).unwrap();
+        let last = if round % 2 == 0 { 0 } else { first };
+        let mut back = Follower::open(&cluster, &mut owner, json!(["news"]), last);
+        common::signal_to(pid, libc::SIGCONT);
+        let came = back.try_until(|back| all_came(back, &all));
+        let got = back.payloads();
+        let missing: Vec<&String> = all.iter().filter(|payload| !got.contains(payload)).collect();
+        assert!(came, "round {round}: {missing:?}");
+    }
+}
+
 #[test]
 fn what_odoo_writes_at_once_into_its_new_table_is_delivered() {
     let cluster = shared();

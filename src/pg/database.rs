@@ -71,6 +71,8 @@ struct Database {
     committed: i64,
     /// The bus table has its trigger, so that every insert is announced.
     attached: bool,
+    /// Whether the table in force has all that lay in imbus's own when it took over.
+    swept: bool,
     /// What this snapshot sees of the ids up to the position is dispatched by the time of the next bookmark.
     snapshot: String,
     snapshot_at: Instant,
@@ -216,6 +218,7 @@ impl Database {
             intake: Intake::default(),
             committed: 0,
             attached: false,
+            swept: false,
             snapshot: String::new(),
             snapshot_at: now,
             inherited: HashSet::new(),

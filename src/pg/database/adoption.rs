@@ -88,6 +88,7 @@ impl Database {
         }
         self.tracker = Some(tracker);
         self.attached = !bus.is_odoo;
+        self.swept = !bus.is_odoo;
         self.bus = Some(bus);
         self.drain();
         Ok(true)
@@ -137,6 +138,7 @@ impl Database {
             unknown.collect::<Vec<_>>().into_iter().for_each(|(id, _)| tracker.promised((id, id), || bus.holders()));
         }
         self.attached = !bus.is_odoo;
+        self.swept = !bus.is_odoo;
         self.bus = Some(bus);
         self.look_due = true;
         self.next_care = self.last_look;
@@ -161,6 +163,19 @@ impl Database {
                 // Somebody has the table locked; until the trigger is there the look-out finds what is inserted.
                 self.next_look = self.next_look.min(Instant::now() + super::GAP_LOOKOUT);
                 pgrx::debug1!("imbus could not attach its trigger in database \"{}\" yet: {failure}", self.name);
+            }
+        }
+    }
+
+    /// Has what lies in imbus's own table in the one in force before anybody is answered from that: a replay reads it alone.
+    pub(super) fn bring_over(&mut self) {
+        if self.swept || self.tracker.is_none() {
+            return;
+        }
+        match self.sweep() {
+            Ok(_) => self.swept = true,
+            Err(failure) => {
+                self.complain(format!("imbus could not move the bus of database \"{}\": {failure}", self.name));
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Answers to clients that come back, page by page, each when the gateway asks for it.
 
 use super::Database;
+use super::adoption::CHANGED;
 use super::reading::notification;
 use crate::core::channel::Channel;
 use crate::core::link::Event;
@@ -56,6 +57,7 @@ impl Database {
     /// Begins an answer. Rows not dispatched yet come to the client as to everybody.
     pub(super) fn recover(&mut self, request: u64, channels: Vec<Channel>, last: i64) {
         self.dispatch();
+        self.bring_over();
         // Without a position there is nothing to answer by: break the link, the gateway asks again.
         let Some(replay) = self.plan(&channels, last) else { return self.hang_up() };
         let (channels, named) = (channels.into_iter().collect(), VecDeque::new());
@@ -83,6 +85,7 @@ impl Database {
                 }
                 self.send_page(request, notifications, more);
             }
+            Err(failure) if failure.message == CHANGED && self.follow().is_ok() => self.hang_up(),
             Err(failure) => {
                 pgrx::warning!("imbus could not replay the bus of database \"{}\": {failure}", self.name);
                 // The client is better served by a new attempt than by a silent hole: break the link, ask again.
