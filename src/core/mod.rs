@@ -19,6 +19,7 @@ pub mod protocol;
 pub mod replay;
 pub mod ring;
 pub mod rpc;
+pub mod schedule;
 pub mod settings;
 pub mod status;
 pub mod token;
