@@ -73,10 +73,48 @@ CREATE TABLE @extschema@.ir_async (
     CONSTRAINT ir_async_max_attempts_check CHECK (max_attempts >= 1)
 );
 
+-- Schedules: when, as whom, and the job that is enqueued then. Without next_run a schedule does not run.
+CREATE TABLE @extschema@.imbus_schedule (
+    id bigserial CONSTRAINT imbus_schedule_pkey PRIMARY KEY,
+    name text NOT NULL CONSTRAINT imbus_schedule_name_key UNIQUE,
+    cron_expression text NOT NULL,
+    time_zone text NOT NULL DEFAULT 'UTC',
+    overlap boolean NOT NULL DEFAULT false,
+    next_run timestamptz,
+    last_run timestamptz,
+    last_job bigint,
+    runs bigint NOT NULL DEFAULT 0,
+    skipped bigint NOT NULL DEFAULT 0,
+    problem text,
+    role oid,
+    role_name text,
+    search_path text NOT NULL DEFAULT 'pg_catalog',
+    description text,
+    target text NOT NULL,
+    args jsonb NOT NULL DEFAULT '[]',
+    kwargs jsonb NOT NULL DEFAULT '{}',
+    notify text,
+    queue text NOT NULL DEFAULT 'default',
+    priority integer NOT NULL DEFAULT 10,
+    max_attempts integer NOT NULL DEFAULT 1,
+    retry_delay interval NOT NULL DEFAULT '10 seconds',
+    timeout interval,
+    model text,
+    res_ids jsonb,
+    user_id integer,
+    context jsonb,
+    su boolean,
+    CONSTRAINT imbus_schedule_role_check CHECK (next_run IS NULL OR role IS NOT NULL),
+    CONSTRAINT imbus_schedule_next_run_check CHECK (pg_catalog.isfinite(next_run)),
+    CONSTRAINT imbus_schedule_max_attempts_check CHECK (max_attempts >= 1)
+);
+
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_bus', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_bus_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async_id_seq', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule_id_seq', '');
 
 ---------------------------------------------------------------- indexes
 
@@ -155,6 +193,26 @@ CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async
 -- Always: a job that comes by replication does not choose its role either.
 ALTER TABLE @extschema@.ir_async ENABLE ALWAYS TRIGGER ir_async_inserted;
 
+---------------------------------------------------------------- schedules
+
+CREATE FUNCTION @extschema@.ir_async_schedule(
+    name text, cron_expression text, target text, args jsonb DEFAULT '[]', kwargs jsonb DEFAULT '{}',
+    time_zone text DEFAULT 'UTC', description text DEFAULT NULL, notify jsonb DEFAULT NULL,
+    queue text DEFAULT 'default', priority integer DEFAULT 10, max_attempts integer DEFAULT 1,
+    retry_delay interval DEFAULT NULL, timeout interval DEFAULT NULL, model text DEFAULT NULL,
+    res_ids bigint[] DEFAULT NULL, user_id integer DEFAULT NULL, context jsonb DEFAULT NULL, su boolean DEFAULT NULL,
+    overlap boolean DEFAULT false) RETURNS bigint
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_schedule_wrapper';
+CREATE FUNCTION @extschema@.ir_async_unschedule(name text) RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_unschedule_wrapper';
+
+CREATE FUNCTION @extschema@.imbus_schedule_inserted() RETURNS trigger
+    LANGUAGE c AS 'MODULE_PATHNAME', 'imbus_schedule_inserted_wrapper';
+CREATE TRIGGER imbus_schedule_inserted BEFORE INSERT ON @extschema@.imbus_schedule
+    FOR EACH ROW EXECUTE FUNCTION @extschema@.imbus_schedule_inserted();
+-- Always, as with jobs.
+ALTER TABLE @extschema@.imbus_schedule ENABLE ALWAYS TRIGGER imbus_schedule_inserted;
+
 ---------------------------------------------------------------- live state
 
 CREATE FUNCTION @extschema@.imbus_gateway_state(
@@ -203,10 +261,14 @@ REVOKE ALL ON FUNCTION
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
+    @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
+                                  interval, text, bigint[], integer, jsonb, boolean, boolean),
+    @extschema@.ir_async_unschedule(text),
     @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
     @extschema@.imbus_disconnect(bigint, text),
-    @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted()
+    @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted(), @extschema@.imbus_schedule_inserted()
 FROM PUBLIC;
+REVOKE ALL ON @extschema@.imbus_schedule FROM PUBLIC;
 REVOKE ALL ON @extschema@.imbus_bus, @extschema@.imbus_bookmark, @extschema@.ir_async, @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
     @extschema@.imbus_stat_jobs
 FROM PUBLIC;
@@ -223,6 +285,9 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
+    @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
+                                  interval, text, bigint[], integer, jsonb, boolean, boolean),
+    @extschema@.ir_async_unschedule(text),
     @extschema@.imbus_gateway_state(), @extschema@.imbus_bus_state(), @extschema@.imbus_connections(),
     @extschema@.imbus_disconnect(bigint, text)
 TO @extowner@, pg_database_owner;
@@ -230,8 +295,9 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
     @extschema@.imbus_stat_jobs, @extschema@.imbus_bookmark
 TO @extowner@, pg_database_owner;
 -- INSERT only so that pg_restore works.
-GRANT SELECT, INSERT ON @extschema@.imbus_bus, @extschema@.ir_async TO @extowner@, pg_database_owner;
-GRANT SELECT, UPDATE ON SEQUENCE @extschema@.imbus_bus_id_seq, @extschema@.ir_async_id_seq
+GRANT SELECT, INSERT ON @extschema@.imbus_bus, @extschema@.ir_async, @extschema@.imbus_schedule TO @extowner@, pg_database_owner;
+GRANT SELECT, UPDATE ON SEQUENCE @extschema@.imbus_bus_id_seq, @extschema@.ir_async_id_seq,
+    @extschema@.imbus_schedule_id_seq
 TO @extowner@, pg_database_owner;
 
 -- Monitors look.
@@ -246,6 +312,8 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
 COMMENT ON TABLE @extschema@.imbus_bus IS 'notifications, where there is no Odoo table bus_bus';
 COMMENT ON TABLE @extschema@.imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds; all that the snapshot sees had been handed on';
 COMMENT ON TABLE @extschema@.ir_async IS 'asynchronous jobs; changed through the ir_async_* functions only';
+COMMENT ON TABLE @extschema@.imbus_schedule IS
+    'schedules of jobs; changed through ir_async_schedule and ir_async_unschedule only; without next_run one does not run, problem says why';
 COMMENT ON FUNCTION @extschema@.bus_sendone(text, text, jsonb) IS
     'publish on a plain string channel in the current transaction; returns the id';
 COMMENT ON FUNCTION @extschema@.bus_sendone(jsonb, text, jsonb) IS
@@ -278,6 +346,12 @@ COMMENT ON FUNCTION @extschema@.ir_async_complete(bigint) IS 'turn a job that su
 COMMENT ON FUNCTION @extschema@.ir_async_cancel(bigint) IS 'end a job that waits or runs';
 COMMENT ON FUNCTION @extschema@.ir_async_retry(bigint) IS 'bring a failed or cancelled job back';
 COMMENT ON FUNCTION @extschema@.ir_async_call_many(jsonb) IS 'enqueue jobs given as objects of ir_async_call''s arguments';
+COMMENT ON FUNCTION @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer,
+    interval, interval, text, bigint[], integer, jsonb, boolean, boolean) IS
+    'have a job enqueued whenever the cron expression (minute hour day month weekday, seconds before them if wanted, or @daily) matches the clock of time_zone; replaces the schedule of that name; returns its id';
+COMMENT ON FUNCTION @extschema@.ir_async_unschedule(text) IS 'remove a schedule; true when there was one';
+COMMENT ON FUNCTION @extschema@.imbus_schedule_inserted() IS 'trigger: a schedule is the role''s that inserts it, or nobody''s';
+COMMENT ON TRIGGER imbus_schedule_inserted ON @extschema@.imbus_schedule IS 'a schedule is the role''s that inserts it, or nobody''s';
 COMMENT ON FUNCTION @extschema@.imbus_gateway_state() IS 'what imbus_stat_gateway shows';
 COMMENT ON FUNCTION @extschema@.imbus_bus_state() IS 'what imbus_stat_bus shows';
 COMMENT ON FUNCTION @extschema@.imbus_connections() IS 'what imbus_stat_connections shows';

@@ -8,6 +8,7 @@ mod replays;
 
 use super::bus::Bus;
 use super::link::{BACKLOG_MAX, Link};
+use super::schedules::Schedules;
 use super::shared::{self, DatabaseSlot, DatabaseState, Shared};
 use super::transaction::{self, Failure, safely};
 use super::worker::{self, Waiting};
@@ -112,6 +113,7 @@ struct Database {
     complaint: String,
     /// When a client was last not answered, as the log has it.
     complained_at: Option<Instant>,
+    schedules: Schedules,
     jobs: runner::Dispatcher,
 }
 
@@ -244,6 +246,7 @@ impl Database {
             unnotified_logged: false,
             complaint: String::new(),
             complained_at: None,
+            schedules: Schedules::default(),
             jobs: runner::Dispatcher::new(shared, oid),
         }
     }
@@ -262,6 +265,7 @@ impl Database {
             if let Some((query, question)) = self.questions.pop_front() {
                 self.answer(query, question);
             }
+            self.schedules.mind(self.slot.jobs.load(Ordering::Acquire));
             if self.slot.jobs.swap(false, Ordering::AcqRel) || self.jobs.due() {
                 self.jobs.dispatch();
             }
@@ -308,10 +312,8 @@ impl Database {
     fn sleep(&self) {
         let busy = (self.look_due || self.slot.wake.load(Ordering::Acquire)) && self.can_send();
         let busy = busy || !self.questions.is_empty();
-        let mut until = self.next_look.min(self.next_prune).min(self.next_care).min(self.jobs.next());
-        if self.link.is_none() {
-            until = self.next_prune.min(self.next_care).min(self.jobs.next()).min(self.next_connect);
-        }
+        let mut until = self.next_prune.min(self.next_care).min(self.jobs.next()).min(self.schedules.next());
+        until = until.min(if self.link.is_some() { self.next_look } else { self.next_connect });
         if self.has_news() {
             until = until.min(self.next_bookmark);
         }

@@ -2,6 +2,7 @@
 //! value would lose big numbers.
 
 use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
+use pgrx::datum::UnboxDatum;
 use pgrx::nullable::Nullable;
 use pgrx::pg_sys::{self, Datum};
 use pgrx::pgrx_sql_entity_graph::metadata::{
@@ -59,6 +60,20 @@ impl FromDatum for Text {
             let varlena = pg_sys::pg_detoast_datum_packed(datum.cast_mut_ptr());
             Text(to_utf8(pgrx::varlena::varlena_to_byte_slice(varlena)))
         })
+    }
+}
+
+// SAFETY: as FromDatum, which copies.
+unsafe impl UnboxDatum for Text {
+    type As<'src> = Text;
+
+    unsafe fn unbox<'src>(datum: pgrx::datum::Datum<'src>) -> Text
+    where
+        Self: 'src,
+    {
+        // SAFETY: the caller passes a varlena of text.
+        let text = unsafe { Text::from_polymorphic_datum(datum.sans_lifetime(), false, pg_sys::TEXTOID) };
+        text.unwrap_or_else(|| Text(String::new()))
     }
 }
 

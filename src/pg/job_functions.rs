@@ -14,20 +14,21 @@ use pgrx::prelude::*;
 use std::collections::HashMap;
 
 /// The optional arguments that `ir_async_call` and `ir_async_call_notify` share.
-struct Options {
-    queue: Option<Text>,
-    priority: Option<i32>,
-    run_at: Option<TimestampWithTimeZone>,
-    max_attempts: Option<i32>,
-    retry_delay: Option<Interval>,
-    timeout: Option<Interval>,
-    identity_key: Option<Text>,
-    depends_on: Option<Vec<Option<i64>>>,
-    model: Option<Text>,
-    res_ids: Option<Vec<Option<i64>>>,
-    user_id: Option<i32>,
-    context: Option<JsonbText>,
-    su: Option<bool>,
+#[derive(Default)]
+pub(super) struct Options {
+    pub(super) queue: Option<Text>,
+    pub(super) priority: Option<i32>,
+    pub(super) run_at: Option<TimestampWithTimeZone>,
+    pub(super) max_attempts: Option<i32>,
+    pub(super) retry_delay: Option<Interval>,
+    pub(super) timeout: Option<Interval>,
+    pub(super) identity_key: Option<Text>,
+    pub(super) depends_on: Option<Vec<Option<i64>>>,
+    pub(super) model: Option<Text>,
+    pub(super) res_ids: Option<Vec<Option<i64>>>,
+    pub(super) user_id: Option<i32>,
+    pub(super) context: Option<JsonbText>,
+    pub(super) su: Option<bool>,
 }
 
 impl Options {
@@ -52,7 +53,7 @@ impl Options {
 }
 
 /// What the jobs of one call have in common.
-struct Call {
+pub(super) struct Call {
     role: pg_sys::Oid,
     search_path: String,
     /// What targets mean for so many positional arguments and these names.
@@ -61,7 +62,7 @@ struct Call {
 
 impl Call {
     /// Errors: 42501 for a role that cannot log in, 55000 without the workers.
-    fn begin() -> Outcome<Call> {
+    pub(super) fn begin() -> Outcome<Call> {
         if shared::get().is_none() {
             return Err(not_preloaded("a job"));
         }
@@ -69,6 +70,11 @@ impl Call {
     }
 
     fn enqueue(&mut self, job: Job) -> Outcome<i64> {
+        jobs::enqueue(self.prepare(job)?)
+    }
+
+    /// A job with its arguments checked and its target resolved.
+    pub(super) fn prepare(&mut self, job: Job) -> Outcome<jobs::New> {
         let Job { target, args, kwargs, description, notify, options } = job;
         options.check()?;
         let target = filled(target, "target")?;
@@ -91,7 +97,7 @@ impl Call {
                 signature
             }
         };
-        jobs::enqueue(jobs::New {
+        Ok(jobs::New {
             target: signature,
             args,
             kwargs,
@@ -114,13 +120,13 @@ impl Call {
 }
 
 /// A job as it is asked for.
-struct Job {
-    target: Option<Text>,
-    args: Option<JsonbText>,
-    kwargs: Option<JsonbText>,
-    description: Option<Text>,
-    notify: Option<Channel>,
-    options: Options,
+pub(super) struct Job {
+    pub(super) target: Option<Text>,
+    pub(super) args: Option<JsonbText>,
+    pub(super) kwargs: Option<JsonbText>,
+    pub(super) description: Option<Text>,
+    pub(super) notify: Option<Channel>,
+    pub(super) options: Options,
 }
 
 fn enqueue(

@@ -23,6 +23,7 @@ mod listen;
 mod report;
 mod ring;
 mod runner;
+mod schedules;
 mod shared;
 mod sql;
 mod stats;
@@ -30,6 +31,7 @@ mod transaction;
 mod trigger;
 mod wake;
 mod worker;
+mod zone;
 
 use pgrx::prelude::*;
 
