@@ -124,6 +124,8 @@ CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (id) WHERE state 
 CREATE INDEX ir_async_finished_index ON @extschema@.ir_async (finished_at) WHERE finished_at IS NOT NULL;
 CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
+CREATE INDEX imbus_schedule_next_run_index ON @extschema@.imbus_schedule (next_run);
+CREATE INDEX imbus_schedule_last_run_index ON @extschema@.imbus_schedule (last_run);
 
 ---------------------------------------------------------------- the bus
 

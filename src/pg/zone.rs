@@ -1,5 +1,5 @@
 //! The server's time zones: those that `SET timezone` takes, from the same files, so that what a government decides
-//! reaches schedules with the operating system's update.
+//! reaches schedules with the operating system's update and the worker's next start.
 
 use super::report::Outcome;
 use crate::core::error::Error;

@@ -13,6 +13,7 @@ use super::on_table;
 use crate::core::channel::Channel;
 use crate::core::json;
 use crate::core::schedule::Expression;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// The look-out for schedules nobody announced, and for a clock that was set.
@@ -26,18 +27,23 @@ const TURN: Duration = Duration::from_millis(20);
 
 /// When a schedule is looked after: its time has come; or it ran in what is the future by more than three hours, so that
 /// the clock has been wrong and set right (Vixie cron draws the line there). Less than that is waited for.
-const DUE: &str = "(s.next_run <= pg_catalog.clock_timestamp()
-                    OR s.next_run IS NOT NULL AND s.last_run > pg_catalog.clock_timestamp() + '3 hours'::pg_catalog.interval)";
+const DUE: [&str; 2] = [
+    "s.next_run <= pg_catalog.now()",
+    "s.next_run > pg_catalog.now() AND s.last_run > pg_catalog.now() + '3 hours'::pg_catalog.interval",
+];
 
 /// The schedules of this database, for its worker.
 pub struct Schedules {
     looked: Option<Instant>,
     next: Instant,
+    /// Those that were due at the last look and have not had their turn. All have it before the next look, so that those
+    /// that fail hinder no other.
+    waiting: VecDeque<i64>,
 }
 
 impl Default for Schedules {
     fn default() -> Schedules {
-        Schedules { looked: None, next: Instant::now() }
+        Schedules { looked: None, next: Instant::now(), waiting: VecDeque::new() }
     }
 }
 
@@ -56,39 +62,44 @@ impl Schedules {
         if now < self.next {
             return;
         }
-        self.looked = Some(now);
-        let wait = match transaction::run(due) {
-            Ok(ids) => enqueue(&ids, now + TURN),
-            Err(failure) => {
-                pgrx::warning!("imbus could not look for schedules: {failure}");
-                LOOKOUT
+        if self.waiting.is_empty() {
+            self.looked = Some(now);
+            match transaction::run(due) {
+                Ok(due) => self.waiting = due.into(),
+                Err(failure) => pgrx::warning!("imbus could not look for schedules: {failure}"),
             }
-        };
-        self.next = Instant::now() + wait;
+        }
+        self.next = Instant::now() + self.enqueue(now + TURN);
+    }
+
+    /// Enqueues what waits until the turn is over, each in a transaction of its own; how long until the next turn.
+    fn enqueue(&mut self, end: Instant) -> Duration {
+        let was_idle = self.waiting.is_empty();
+        while let Some(id) = self.waiting.pop_front() {
+            if let Err(failure) = transaction::run(|| run(id)) {
+                complain(id, &failure);
+            }
+            if Instant::now() >= end && !self.waiting.is_empty() {
+                return Duration::ZERO;
+            }
+        }
+        match transaction::run(next) {
+            // What is due still is locked, or has just failed.
+            Ok(Some(seconds)) if seconds <= 0.0 && !was_idle => RETRY,
+            Ok(Some(seconds)) => LOOKOUT.min(Duration::from_secs_f64(seconds.clamp(0.0, 3600.0))),
+            _ => LOOKOUT,
+        }
     }
 }
 
 /// Those that are due, in order.
 fn due() -> Outcome<Vec<i64>> {
-    on_table(&format!("SELECT s.id FROM SCHEDULES s WHERE {DUE} ORDER BY s.next_run, s.id"), &[], |row| row.need(1))
-}
-
-/// Enqueues these until the turn is over, each in its own transaction; how long to wait for the next look.
-fn enqueue(ids: &[i64], end: Instant) -> Duration {
-    for id in ids {
-        if Instant::now() >= end {
-            return Duration::ZERO;
-        }
-        if let Err(failure) = transaction::run(|| run(*id)) {
-            complain(*id, &failure);
-        }
-    }
-    match transaction::run(next) {
-        // What is due still is locked, or has just failed.
-        Ok(Some(seconds)) if seconds <= 0.0 && !ids.is_empty() => RETRY,
-        Ok(Some(seconds)) => LOOKOUT.min(Duration::from_secs_f64(seconds.clamp(0.0, 3600.0))),
-        _ => LOOKOUT,
-    }
+    let [due, early] = DUE;
+    let text = format!(
+        "SELECT d.id FROM (SELECT s.id, s.next_run FROM SCHEDULES s WHERE {due}
+                           UNION ALL SELECT s.id, s.next_run FROM SCHEDULES s WHERE {early}) d ORDER BY d.next_run, d.id"
+    );
+    on_table(&text, &[], |row| row.need(1))
 }
 
 /// Seconds until the next one is due; None when there is none.
@@ -154,14 +165,15 @@ fn next_run(due: &Due) -> Outcome<Option<i64>> {
 
 /// Locks a schedule that is due, unless somebody is changing it.
 fn take(id: i64) -> Outcome<Option<Due>> {
+    let [due, early] = DUE;
     let text = format!(
-        "SELECT s.cron_expression, s.time_zone, s.next_run > pg_catalog.clock_timestamp(),
+        "SELECT s.cron_expression, s.time_zone, s.next_run > pg_catalog.now(),
                 NOT s.overlap AND EXISTS (SELECT FROM JOBS j WHERE j.id = s.last_job
                                              AND j.state IN ('created', 'processing')),
                 EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = s.role),
                 s.role, s.search_path, s.next_run, s.description, s.target, s.args, s.kwargs, s.notify,
                 s.queue, s.priority, s.max_attempts, s.retry_delay, s.timeout, s.user_id, s.context
-           FROM SCHEDULES s WHERE s.id = $1 AND {DUE} FOR UPDATE OF s SKIP LOCKED"
+           FROM SCHEDULES s WHERE s.id = $1 AND ({due} OR {early}) FOR UPDATE OF s SKIP LOCKED"
     );
     let found = on_table(&text, &[id.into()], |row| {
         Ok(Due {
