@@ -25,6 +25,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What is due is enqueued for so long in a turn; notifications wait meanwhile.
 const TURN: Duration = Duration::from_millis(20);
 
+/// SQLSTATE undefined_table.
+const UNDEFINED_TABLE: &str = "42P01";
+
 /// When a schedule is looked after: its time has come; or it ran in what is the future by more than three hours, so that
 /// the clock has been wrong and set right (Vixie cron draws the line there). Less than that is waited for.
 const DUE: [&str; 2] = [
@@ -35,6 +38,8 @@ const DUE: [&str; 2] = [
 /// The schedules of this database, for its worker.
 pub struct Schedules {
     looked: Option<Instant>,
+    /// The same on the wall, in seconds since 1970.
+    seen: f64,
     next: Instant,
     /// Those that were due at the last look and have not had their turn. All have it before the next look, so that those
     /// that fail hinder no other.
@@ -43,7 +48,7 @@ pub struct Schedules {
 
 impl Default for Schedules {
     fn default() -> Schedules {
-        Schedules { looked: None, next: Instant::now(), waiting: VecDeque::new() }
+        Schedules { looked: None, seen: 0.0, next: Instant::now(), waiting: VecDeque::new() }
     }
 }
 
@@ -64,8 +69,11 @@ impl Schedules {
         }
         if self.waiting.is_empty() {
             self.looked = Some(now);
+            self.seen = worker::since_1970(worker::now()) as f64 / 1e6;
             match transaction::run(due) {
                 Ok(due) => self.waiting = due.into(),
+                // The extension is being dropped.
+                Err(failure) if failure.code == UNDEFINED_TABLE => {}
                 Err(failure) => pgrx::warning!("imbus could not look for schedules: {failure}"),
             }
         }
@@ -74,7 +82,6 @@ impl Schedules {
 
     /// Enqueues what waits until the turn is over, each in a transaction of its own; how long until the next turn.
     fn enqueue(&mut self, end: Instant) -> Duration {
-        let was_idle = self.waiting.is_empty();
         while let Some(id) = self.waiting.pop_front() {
             if let Err(failure) = transaction::run(|| run(id)) {
                 complain(id, &failure);
@@ -83,12 +90,9 @@ impl Schedules {
                 return Duration::ZERO;
             }
         }
-        match transaction::run(next) {
-            // What is due still is locked, or has just failed.
-            Ok(Some(seconds)) if seconds <= 0.0 && !was_idle => RETRY,
-            Ok(Some(seconds)) => LOOKOUT.min(Duration::from_secs_f64(seconds.clamp(0.0, 3600.0))),
-            _ => LOOKOUT,
-        }
+        let (later, is_left) = transaction::run(|| next(self.seen)).unwrap_or_default();
+        let wait = Duration::from_secs_f64(later.map_or(f64::MAX, |later| later.max(0.0)).min(LOOKOUT.as_secs_f64()));
+        if is_left { wait.min(RETRY) } else { wait }
     }
 }
 
@@ -102,10 +106,14 @@ fn due() -> Outcome<Vec<i64>> {
     on_table(&text, &[], |row| row.need(1))
 }
 
-/// Seconds until the next one is due; None when there is none.
-fn next() -> Outcome<Option<f64>> {
-    let text = "SELECT EXTRACT(epoch FROM min(next_run) - pg_catalog.clock_timestamp())::float8 FROM SCHEDULES";
-    Ok(on_table(text, &[], |row| row.get::<f64>(1))?.into_iter().flatten().next())
+/// Seconds until the next one is due of those that were not at the last look; and whether one that was is due still,
+/// since it is locked or has failed.
+fn next(seen: f64) -> Outcome<(Option<f64>, bool)> {
+    let text = "SELECT EXTRACT(epoch FROM (SELECT min(s.next_run) FROM SCHEDULES s WHERE s.next_run > pg_catalog.to_timestamp($1))
+                                          - pg_catalog.clock_timestamp())::float8,
+                       EXISTS (SELECT FROM SCHEDULES s WHERE s.next_run <= pg_catalog.to_timestamp($1))";
+    let found = on_table(text, &[seen.into()], |row| Ok((row.get(1)?, row.need(2)?)))?;
+    Ok(found.into_iter().next().unwrap_or_default())
 }
 
 /// Notes why a run could not be enqueued. It stays due.
