@@ -14,7 +14,7 @@ const LENGTH_MAX: usize = 512;
 const YEARS: i32 = 50;
 /// Changes of a zone's clocks that are looked at; a zone has two a year.
 const CHANGES_MAX: usize = 4 * YEARS as usize;
-/// A change of the clocks sets them by a day at most (Samoa, 2011).
+/// A change of the clocks sets them by a day at most (Samoa, 2011); a zone that somebody made up, by less than two.
 const CHANGE_MAX: i64 = 2 * DAY;
 
 /// Names for expressions, as Vixie cron has them.
