@@ -63,6 +63,8 @@ CREATE TABLE @extschema@.ir_async (
     identity_key varchar,
     depends_on bigint[],
     token text,
+    session bigint,
+    worker varchar,
     errors jsonb NOT NULL DEFAULT '[]',
     claimed_at timestamptz,
     finished_at timestamptz,
@@ -72,6 +74,14 @@ CREATE TABLE @extschema@.ir_async (
     CONSTRAINT ir_async_finished_check CHECK ((state IN ('created', 'processing')) = (finished_at IS NULL)),
     CONSTRAINT ir_async_max_attempts_check CHECK (max_attempts >= 1)
 );
+
+-- How far jobs are that are processed. A table of its own: a job's own row is not touched while somebody works on it.
+CREATE TABLE @extschema@.imbus_progress (
+    job_id bigint CONSTRAINT imbus_progress_pkey PRIMARY KEY,
+    percent double precision,
+    message text,
+    at timestamptz NOT NULL
+) WITH (fillfactor = 50);
 
 -- Schedules: when, as whom, and the job that is enqueued then. Without next_run a schedule does not run.
 CREATE TABLE @extschema@.imbus_schedule (
@@ -188,6 +198,18 @@ CREATE FUNCTION @extschema@.ir_async_retry(id bigint) RETURNS boolean
 CREATE FUNCTION @extschema@.ir_async_call_many(jobs jsonb) RETURNS SETOF bigint
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_call_many_wrapper';
 
+CREATE FUNCTION @extschema@.ir_async_claim(queue text, max_jobs integer DEFAULT 1, worker text DEFAULT NULL)
+    RETURNS TABLE (id bigint, token text, name text, target text, args jsonb, kwargs jsonb, model text, res_ids jsonb,
+                   user_id integer, context jsonb, su boolean, attempt integer, timeout interval)
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_claim_wrapper';
+CREATE FUNCTION @extschema@.ir_async_finish(id bigint, token text, result jsonb DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_finish_wrapper';
+CREATE FUNCTION @extschema@.ir_async_fail(id bigint, token text, error jsonb) RETURNS void
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_fail_wrapper';
+CREATE FUNCTION @extschema@.ir_async_progress(id bigint, token text, percent double precision DEFAULT NULL,
+                                              message text DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_progress_wrapper';
+
 CREATE FUNCTION @extschema@.ir_async_inserted() RETURNS trigger
     LANGUAGE c AS 'MODULE_PATHNAME', 'ir_async_inserted_wrapper';
 CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async
@@ -263,6 +285,9 @@ REVOKE ALL ON FUNCTION
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
+    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_finish(bigint, text, jsonb),
+    @extschema@.ir_async_fail(bigint, text, jsonb),
+    @extschema@.ir_async_progress(bigint, text, double precision, text),
     @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
                                   interval, text, bigint[], integer, jsonb, boolean, boolean),
     @extschema@.ir_async_unschedule(text),
@@ -270,7 +295,7 @@ REVOKE ALL ON FUNCTION
     @extschema@.imbus_disconnect(bigint, text),
     @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted(), @extschema@.imbus_schedule_inserted()
 FROM PUBLIC;
-REVOKE ALL ON @extschema@.imbus_schedule FROM PUBLIC;
+REVOKE ALL ON @extschema@.imbus_schedule, @extschema@.imbus_progress FROM PUBLIC;
 REVOKE ALL ON @extschema@.imbus_bus, @extschema@.imbus_bookmark, @extschema@.ir_async, @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
     @extschema@.imbus_stat_jobs
 FROM PUBLIC;
@@ -287,6 +312,9 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
+    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_finish(bigint, text, jsonb),
+    @extschema@.ir_async_fail(bigint, text, jsonb),
+    @extschema@.ir_async_progress(bigint, text, double precision, text),
     @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
                                   interval, text, bigint[], integer, jsonb, boolean, boolean),
     @extschema@.ir_async_unschedule(text),
@@ -294,7 +322,7 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
     @extschema@.imbus_disconnect(bigint, text)
 TO @extowner@, pg_database_owner;
 GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
-    @extschema@.imbus_stat_jobs, @extschema@.imbus_bookmark
+    @extschema@.imbus_stat_jobs, @extschema@.imbus_bookmark, @extschema@.imbus_progress
 TO @extowner@, pg_database_owner;
 -- INSERT only so that pg_restore works.
 GRANT SELECT, INSERT ON @extschema@.imbus_bus, @extschema@.ir_async, @extschema@.imbus_schedule TO @extowner@, pg_database_owner;
@@ -314,6 +342,7 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
 COMMENT ON TABLE @extschema@.imbus_bus IS 'notifications, where there is no Odoo table bus_bus';
 COMMENT ON TABLE @extschema@.imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds; all that the snapshot sees had been handed on';
 COMMENT ON TABLE @extschema@.ir_async IS 'asynchronous jobs; changed through the ir_async_* functions only';
+COMMENT ON TABLE @extschema@.imbus_progress IS 'how far jobs are that runners outside or Odoo work on';
 COMMENT ON TABLE @extschema@.imbus_schedule IS
     'schedules of jobs; changed through ir_async_schedule and ir_async_unschedule only; without next_run one does not run, problem says why';
 COMMENT ON FUNCTION @extschema@.bus_sendone(text, text, jsonb) IS
@@ -351,6 +380,13 @@ COMMENT ON FUNCTION @extschema@.ir_async_call_many(jsonb) IS 'enqueue jobs given
 COMMENT ON FUNCTION @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer,
     interval, interval, text, bigint[], integer, jsonb, boolean, boolean) IS
     'have a job enqueued whenever the cron expression (minute hour day month weekday, seconds before them if wanted, or @daily) matches the clock of time_zone; replaces the schedule of that name; returns its id';
+COMMENT ON FUNCTION @extschema@.ir_async_claim(text, integer, text) IS
+    'claim jobs of a queue for a runner outside: they are this session''s until it ends or their timeout has passed';
+COMMENT ON FUNCTION @extschema@.ir_async_finish(bigint, text, jsonb) IS 'end a claimed job with a result, or NULL for none';
+COMMENT ON FUNCTION @extschema@.ir_async_fail(bigint, text, jsonb) IS
+    'end an attempt of a claimed job with an error {"code","message","data"}; "retry": false for no other attempt';
+COMMENT ON FUNCTION @extschema@.ir_async_progress(bigint, text, double precision, text) IS
+    'say how far a claimed job is; its timeout begins anew';
 COMMENT ON FUNCTION @extschema@.ir_async_unschedule(text) IS 'remove a schedule; true when there was one';
 COMMENT ON FUNCTION @extschema@.imbus_schedule_inserted() IS 'trigger: a schedule is the role''s that inserts it, or nobody''s';
 COMMENT ON TRIGGER imbus_schedule_inserted ON @extschema@.imbus_schedule IS 'a schedule is the role''s that inserts it, or nobody''s';

@@ -72,7 +72,8 @@ fn a_message_said_while_the_server_is_down_for_them_is_not_lost() {
     let mut sockets: Vec<Socket> = (0..30).map(|at| visitor(&cluster, &mut sql, &format!("s{at}"))).collect();
     sockets.iter_mut().for_each(|socket| socket.subscribe(json!([]), last));
     sockets.iter_mut().for_each(|socket| assert_eq!(socket.payload(), json!("meanwhile")));
-    assert_eq!(odoo.count(PEEK), 60);
+    // One question a socket; one whose connection Odoo has just closed is asked once more.
+    assert!((60..=62).contains(&odoo.count(PEEK)), "{}", odoo.count(PEEK));
     assert!(odoo.with(|state| state.most) <= 8);
     // A restart is no leaving.
     assert_eq!(odoo.count(CLOSED), 0);

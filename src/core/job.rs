@@ -65,6 +65,36 @@ pub fn error_payload(code: &str, message: &str, detail: Option<&str>, hint: Opti
     .to_string()
 }
 
+/// What a runner outside says of a failed attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// As [`error_payload`].
+    pub payload: String,
+    /// Its message, and what more there is to read (`data.debug`, a traceback, as Odoo says it).
+    pub text: String,
+    /// No other attempt can do better (`"retry": false`).
+    pub is_final: bool,
+}
+
+impl Said {
+    /// Reads an object `{"code","message","data","retry"}`, of which only the message is needed, or a string, the message.
+    pub fn parse(json: &str) -> Option<Said> {
+        let said: serde_json::Value = serde_json::from_str(json).ok()?;
+        let (message, object) = match &said {
+            serde_json::Value::String(message) => (message.clone(), None),
+            serde_json::Value::Object(object) => (object.get("message")?.as_str()?.to_owned(), Some(object)),
+            _ => return None,
+        };
+        let part = |name: &str| object.and_then(|object| object.get(name)).cloned().unwrap_or_default();
+        let (code, data) = (part("code"), part("data"));
+        let code = if code.is_null() { "failed".into() } else { code };
+        let debug = data.get("debug").and_then(serde_json::Value::as_str).unwrap_or_default();
+        let text = if debug.is_empty() { message.clone() } else { debug.to_owned() };
+        let payload = serde_json::json!({ "error": { "code": code, "message": message, "data": data } }).to_string();
+        Some(Said { payload, text, is_final: part("retry") == serde_json::Value::Bool(false) })
+    }
+}
+
 /// What a function gives back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Returns {
@@ -214,6 +244,19 @@ mod tests {
         let nothing = function("f()", &[], Returns::Void);
         assert_eq!(call_statement(&nothing, 0, &[]), "SELECT public.f() FROM (SELECT $1::jsonb) x");
         assert_eq!(argument_object(["1", "\"x\""].into_iter()), r#"{"a0":1,"a1":"x"}"#);
+    }
+
+    #[test]
+    fn reads_what_a_runner_says_of_a_failure() {
+        let said = Said::parse(r#"{"code":200,"message":"no","data":{"debug":"Traceback"},"retry":false}"#).unwrap();
+        assert_eq!((said.text.as_str(), said.is_final), ("Traceback", true));
+        assert_eq!(said.payload, r#"{"error":{"code":200,"data":{"debug":"Traceback"},"message":"no"}}"#);
+        let short = Said::parse(r#""gone""#).unwrap();
+        assert_eq!(short.payload, r#"{"error":{"code":"failed","data":null,"message":"gone"}}"#);
+        assert!(!short.is_final);
+        for wrong in ["1", "[]", "{}", r#"{"message":1}"#, ""] {
+            assert_eq!(Said::parse(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

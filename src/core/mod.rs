@@ -16,6 +16,7 @@ pub mod odoo;
 pub mod payload;
 pub mod position;
 pub mod protocol;
+pub mod queues;
 pub mod replay;
 pub mod ring;
 pub mod rpc;

@@ -2,6 +2,7 @@
 
 use super::{shared, worker};
 use crate::core::odoo;
+use crate::core::queues::Limits;
 use crate::core::settings::{AuthMethod, Settings};
 use pgrx::prelude::*;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
@@ -35,6 +36,7 @@ static RATE_LIMIT_DELAY: GucSetting<i32> = GucSetting::<i32>::new(200);
 static KEEPALIVE: GucSetting<i32> = GucSetting::<i32>::new(3600);
 static PING_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(45);
 static JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
+static QUEUES: Text = Text::new(Some(c""));
 static JOB_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 3600);
 
 /// An integer setting: name, what it is, storage, least, greatest, context, unit.
@@ -187,6 +189,17 @@ fn define_texts(preloaded: bool) {
             None,
             None,
         );
+        GucRegistry::define_string_guc_with_hooks(
+            c"imbus.queues",
+            c"How many jobs of a queue run at the same time: name:limit, separated by commas; 0 leaves it to others.",
+            c"",
+            &QUEUES,
+            GucContext::Sighup,
+            list,
+            Some(check_queues),
+            None,
+            None,
+        );
     }
 }
 
@@ -210,6 +223,17 @@ unsafe extern "C-unwind" fn check_odoo_url(
 ) -> bool {
     // SAFETY: see [`hooked`].
     odoo::is_url(&unsafe { hooked(value) })
+}
+
+/// Refuses what is no list of limits.
+#[pg_guard]
+unsafe extern "C-unwind" fn check_queues(
+    value: *mut *mut std::ffi::c_char,
+    _extra: *mut *mut std::ffi::c_void,
+    _source: pg_sys::GucSource::Type,
+) -> bool {
+    // SAFETY: see [`hooked`].
+    Limits::parse(&unsafe { hooked(value) }).is_ok()
 }
 
 /// The value that a check hook is asked about.
@@ -283,6 +307,11 @@ pub fn job_retention() -> i64 {
 /// How many runners may work at once in the cluster (`imbus.job_workers`).
 pub fn job_workers() -> usize {
     positive(&JOB_WORKERS) as usize
+}
+
+/// The limits of queues (`imbus.queues`).
+pub fn queues() -> Limits {
+    Limits::parse(&text(&QUEUES)).unwrap_or_default()
 }
 
 /// The key of the tokens: the setting, or else the secret kept in the data directory.

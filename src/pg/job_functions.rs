@@ -3,11 +3,13 @@
 use super::call::{self, Arguments};
 use super::datum::{JsonbText, Text};
 use super::functions::{channel, filled, given};
+use super::jobs::{Claimed, Failed, Model};
 use super::report::{Outcome, not_preloaded, report};
 use super::transaction::safely;
-use super::{jobs, shared, sql};
+use super::{guc, jobs, sessions, shared, sql};
 use crate::core::channel::Channel;
 use crate::core::error::Error;
+use crate::core::job;
 use crate::core::json;
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::prelude::*;
@@ -32,23 +34,20 @@ pub(super) struct Options {
 }
 
 impl Options {
-    /// Refuses what this version cannot do, rather than ignore it.
-    fn check(&self) -> Outcome<()> {
-        let unsupported = |what: &str, hint: &str| {
-            Err(report(
-                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-                &format!("{what} is not supported yet"),
-                "",
-                hint,
-            ))
-        };
-        if self.model.is_some() || self.res_ids.is_some() || self.su.is_some() {
-            return unsupported(
-                "a job on an Odoo model",
-                "Leave model, res_ids and su out: the target is an SQL function.",
-            );
+    /// The records of Odoo that are meant. Errors: 22023 for some without their model.
+    fn model(&mut self) -> Outcome<Model> {
+        let name = self.model.take().map(|text| text.0);
+        let lost = name.is_none() && (self.res_ids.is_some() || self.su.is_some());
+        if lost || name.as_deref() == Some("") {
+            let value = name.unwrap_or_else(|| "NULL".to_owned());
+            let reason = "res_ids and su are for a job on an Odoo model".to_owned();
+            return Err(Error::Argument { argument: "model", value, reason }.into());
         }
-        Ok(())
+        let res_ids = self.res_ids.take().map(|ids| {
+            let ids: Vec<String> = ids.into_iter().flatten().map(|id| id.to_string()).collect();
+            format!("[{}]", ids.join(","))
+        });
+        Ok(Model { name, res_ids, su: self.su })
     }
 }
 
@@ -75,8 +74,8 @@ impl Call {
 
     /// A job with its arguments checked and its target resolved.
     pub(super) fn prepare(&mut self, job: Job) -> Outcome<jobs::New> {
-        let Job { target, args, kwargs, description, notify, options } = job;
-        options.check()?;
+        let Job { target, args, kwargs, description, notify, mut options } = job;
+        let model = options.model()?;
         let target = filled(target, "target")?;
         let args = args.map_or_else(|| "[]".to_owned(), |json| json.0);
         let kwargs = kwargs.map_or_else(|| "{}".to_owned(), |json| json.0);
@@ -87,9 +86,13 @@ impl Call {
             let reason = "it must be at least 1".into();
             return Err(Error::Argument { argument: "max_attempts", value, reason }.into());
         }
+        let queue = options.queue.map_or_else(|| "default".to_owned(), |text| text.0);
+        // What a runner outside is to do is its own business, and Odoo knows its methods.
+        let is_function = model.name.is_none() && guc::queues().of(&queue) != Some(0);
         let names = arguments.kwargs.iter().map(|(name, _)| name.clone()).collect();
         let key = (target, arguments.args.len(), names);
         let signature = match self.resolved.get(&key) {
+            _ if !is_function => key.0,
             Some(signature) => signature.clone(),
             None => {
                 let signature = call::resolve(&key.0, &arguments)?;
@@ -103,7 +106,7 @@ impl Call {
             kwargs,
             description: description.map(|text| text.0),
             notify,
-            queue: options.queue.map_or_else(|| "default".to_owned(), |text| text.0),
+            queue,
             priority: options.priority.unwrap_or(10),
             run_at: options.run_at,
             max_attempts,
@@ -111,6 +114,7 @@ impl Call {
             timeout: bounded(options.timeout, "timeout", true)?,
             identity_key: options.identity_key.map(|text| text.0),
             depends_on: options.depends_on.map(|ids| ids.into_iter().flatten().collect()),
+            model,
             user_id: options.user_id,
             context: options.context.map(|json| json.0),
             role: self.role,
@@ -171,7 +175,7 @@ fn ir_async_call_many(jobs: Option<JsonbText>) -> Outcome<SetOfIterator<'static,
     if let Some(name) = unknown {
         return Err(wrong(&format!("a job has no argument \"{name}\"")).into());
     }
-    let wanted = safely(|| sql::rows(MANY, &[JsonbText(text.clone()).into()], job))?;
+    let wanted = safely(|| sql::rows(MANY, &[JsonbText(text.clone()).into()], wanted_job))?;
     let mut call = Call::begin()?;
     let ids = wanted.into_iter().map(|(mut job, notify)| {
         job.notify = notify.map(|json| channel(Some(json), "notify")).transpose()?;
@@ -180,7 +184,7 @@ fn ir_async_call_many(jobs: Option<JsonbText>) -> Outcome<SetOfIterator<'static,
     Ok(SetOfIterator::new(ids.collect::<Outcome<Vec<i64>>>()?))
 }
 
-fn job(row: &sql::Row) -> Outcome<(Job, Option<JsonbText>)> {
+fn wanted_job(row: &sql::Row) -> Outcome<(Job, Option<JsonbText>)> {
     let options = Options {
         queue: row.get(6)?,
         priority: row.get(7)?,
@@ -231,7 +235,7 @@ fn enqueuing_role() -> Outcome<pg_sys::Oid> {
 /// `ir_async_call(target, args, kwargs, …)`: enqueues a job in the current transaction; the id. The target is an SQL
 /// function (`name` or `schema.name`), called later as the current role with `args` (a JSON array) by position and
 /// `kwargs` (a JSON object) by name. Errors: 22004, 22023 for bad arguments, 42883, 42725, 42501 for the target, 42501
-/// for a role that cannot log in, 0A000 for what this version cannot do, 55000 without the workers.
+/// for a role that cannot log in, 55000 without the workers.
 #[pg_extern]
 #[allow(clippy::too_many_arguments)]
 fn ir_async_call(
@@ -361,4 +365,99 @@ fn ir_async_cancel(id: Option<i64>) -> Outcome<bool> {
 #[pg_extern]
 fn ir_async_retry(id: Option<i64>) -> Outcome<bool> {
     jobs::retry(given(id, "id")?)
+}
+
+/// `ir_async_claim(queue, max_jobs, worker)`: claims jobs of the queue for a runner outside, in order. They are the
+/// session's until it ends, or until their `timeout` has passed since the claim or the last progress. `worker` is a name for
+/// the administrator. Errors: 22004, 22023, 53300, 55000 without the workers.
+#[pg_extern]
+#[allow(clippy::type_complexity)]
+fn ir_async_claim(
+    queue: Option<Text>,
+    max_jobs: Option<i32>,
+    worker: Option<Text>,
+) -> Outcome<
+    TableIterator<
+        'static,
+        (
+            name!(id, i64),
+            name!(token, String),
+            name!(name, Option<Text>),
+            name!(target, Text),
+            name!(args, JsonbText),
+            name!(kwargs, JsonbText),
+            name!(model, Option<Text>),
+            name!(res_ids, Option<JsonbText>),
+            name!(user_id, Option<i32>),
+            name!(context, Option<JsonbText>),
+            name!(su, Option<bool>),
+            name!(attempt, i32),
+            name!(timeout, Option<Interval>),
+        ),
+    >,
+> {
+    let queue = filled(queue, "queue")?;
+    let max_jobs = given(max_jobs, "max_jobs")?;
+    if !(1..=CLAIMED_MAX).contains(&max_jobs) {
+        let reason = format!("it must be between 1 and {CLAIMED_MAX}");
+        return Err(Error::Argument { argument: "max_jobs", value: max_jobs.to_string(), reason }.into());
+    }
+    let worker = worker.map(|text| text.0);
+    let claimed = jobs::claim_outside(&queue, max_jobs, worker.as_deref(), sessions::mine()?)?;
+    Ok(TableIterator::new(claimed.into_iter().map(|job| {
+        (
+            job.id,
+            job.token,
+            job.name,
+            job.target,
+            job.args,
+            job.kwargs,
+            job.model,
+            job.res_ids,
+            job.user_id,
+            job.context,
+            job.su,
+            job.attempt,
+            job.timeout,
+        )
+    })))
+}
+
+/// Jobs that are claimed at once, at most.
+const CLAIMED_MAX: i32 = 10_000;
+
+fn claimed(id: Option<i64>, token: Option<Text>) -> Outcome<Claimed> {
+    Ok(Claimed { id: given(id, "id")?, token: given(token, "token")?.0 })
+}
+
+/// `ir_async_finish(id, token, result jsonb)`: ends a claimed job: `succeeded` with a result, `done` without one (NULL or
+/// null). Errors: 55000 when the job is not the runner's any more, 22004.
+#[pg_extern]
+fn ir_async_finish(id: Option<i64>, token: Option<Text>, result: Option<JsonbText>) -> Outcome<()> {
+    jobs::finish_outside(&claimed(id, token)?, result.as_ref().map(|json| json.0.as_str()))
+}
+
+/// `ir_async_fail(id, token, error jsonb)`: ends an attempt of a claimed job, which is made again if `max_attempts` allows
+/// and the error has no `"retry": false`. `error` is an object `{"code","message","data"}` as in JSON-RPC, or a string, its
+/// message. Errors: 55000 when the job is not the runner's any more, 22004, 22023.
+#[pg_extern]
+fn ir_async_fail(id: Option<i64>, token: Option<Text>, error: Option<JsonbText>) -> Outcome<()> {
+    let error = given(error, "error")?.0;
+    let said = job::Said::parse(&error).ok_or_else(|| {
+        let reason = "it must be an object with a message, or a string".to_owned();
+        Error::Argument { argument: "error", value: error.clone(), reason }
+    })?;
+    let failed = Failed { payload: said.payload, text: said.text, is_final: said.is_final };
+    jobs::fail_outside(&claimed(id, token)?, &failed)
+}
+
+/// `ir_async_progress(id, token, percent, message)`: keeps and tells how far a claimed job is, and begins its timeout
+/// anew. Errors: 55000 when the job is not the runner's any more, 22004, 22023 for a percentage outside 0 to 100.
+#[pg_extern]
+fn ir_async_progress(id: Option<i64>, token: Option<Text>, percent: Option<f64>, message: Option<Text>) -> Outcome<()> {
+    if let Some(value) = percent.filter(|percent| !(0.0..=100.0).contains(percent)) {
+        let reason = "it must be between 0 and 100".to_owned();
+        return Err(Error::Argument { argument: "percent", value: value.to_string(), reason }.into());
+    }
+    jobs::progress(&claimed(id, token)?, percent, message.as_ref().map(|text| text.0.as_str()))
 }

@@ -24,6 +24,7 @@ mod report;
 mod ring;
 mod runner;
 mod schedules;
+mod sessions;
 mod shared;
 mod sql;
 mod stats;

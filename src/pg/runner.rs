@@ -2,7 +2,7 @@
 //! dispatcher in the database worker, which claims, launches, and notices at once when a runner is gone.
 
 use super::call::{self, Arguments};
-use super::jobs::{self, Claimed};
+use super::jobs::{self, Claimed, Failed};
 use super::launch::{self, Handle, Launch};
 use super::limit::Limit;
 use super::report::Outcome;
@@ -69,6 +69,10 @@ impl Dispatcher {
         for (place, (role, count)) in waiting.iter().enumerate() {
             let before: Vec<u32> = waiting.iter().take(place).map(|(role, _)| *role).collect();
             self.serve_role(*role, *count, &before);
+        }
+        if !waiting.is_empty() && !guc::queues().is_empty() {
+            // Whoever counts and claims keeps others from it.
+            self.next = self.next.min(Instant::now() + NO_PLACE);
         }
         if let Ok(Some(seconds)) = transaction::run(jobs::next_start) {
             self.next = self.next.min(Instant::now() + Duration::from_secs_f64(seconds.clamp(0.001, 3600.0)));
@@ -203,8 +207,11 @@ impl Dispatcher {
             Err(failure) => return pgrx::warning!("imbus could not look for abandoned jobs: {failure}"),
         };
         let alive: Vec<String> = self.mine().filter_map(|(_, slot)| slot.job()).map(|(_, token)| token).collect();
-        for claimed in orphans.iter().filter(|claimed| !alive.contains(&claimed.token)) {
-            give_back(claimed, true);
+        for orphan in orphans.iter().filter(|orphan| !alive.contains(&orphan.claimed.token)) {
+            let is_outside = orphan.session.is_some_and(|session| self.shared.has_session(session));
+            if !is_outside || orphan.is_overdue {
+                give_back(&orphan.claimed, true);
+            }
         }
     }
 }
@@ -220,7 +227,7 @@ fn settle(claimed: &Claimed, message: &str, counts: bool) {
         detail: None,
         hint: Some("The job runs in a session of the role that enqueued it.".to_owned()),
     };
-    if let Err(failure) = transaction::run(|| jobs::fail(claimed, &failure)) {
+    if let Err(failure) = transaction::run(|| jobs::fail(claimed, &Failed::from(&failure))) {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);
     }
 }
@@ -389,7 +396,7 @@ fn work(claimed: &Claimed) {
 
 fn record(claimed: &Claimed, ended: &Ended) {
     let recorded = transaction::run(|| match ended {
-        Ended::Failed(failure) => jobs::fail(claimed, failure),
+        Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
         Ended::Cancelled => jobs::cancelled(claimed),
         Ended::Interrupted => jobs::runner_died(claimed, false),
     });

@@ -88,9 +88,9 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
     let text = "
         INSERT INTO SCHEDULES AS s (name, cron_expression, time_zone, next_run, overlap, role, role_name, search_path,
                description, target, args, kwargs, notify, queue, priority, max_attempts, retry_delay, timeout, user_id,
-               context)
+               context, model, res_ids, su)
         SELECT $1, $2, $3, pg_catalog.to_timestamp($4), $5, $6, r.rolname, $7, $8, $9, $10, $11, $12, $13, $14, $15,
-               COALESCE($16, '10 seconds'::pg_catalog.interval), $17, $18, $19
+               COALESCE($16, '10 seconds'::pg_catalog.interval), $17, $18, $19, $20, $21, $22
           FROM pg_catalog.pg_roles r WHERE r.oid = $6
         ON CONFLICT (name) DO UPDATE SET
                next_run = CASE WHEN s.role = EXCLUDED.role AND s.cron_expression = EXCLUDED.cron_expression
@@ -99,17 +99,18 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
                last_job = CASE WHEN s.role = EXCLUDED.role THEN s.last_job END,
                problem = NULL,
                (cron_expression, time_zone, overlap, role, role_name, search_path, description, target, args, kwargs,
-                notify, queue, priority, max_attempts, retry_delay, timeout, user_id, context) =
+                notify, queue, priority, max_attempts, retry_delay, timeout, user_id, context, model, res_ids,
+                su) =
                (EXCLUDED.cron_expression, EXCLUDED.time_zone, EXCLUDED.overlap, EXCLUDED.role, EXCLUDED.role_name,
                 EXCLUDED.search_path, EXCLUDED.description, EXCLUDED.target, EXCLUDED.args, EXCLUDED.kwargs,
                 EXCLUDED.notify, EXCLUDED.queue, EXCLUDED.priority, EXCLUDED.max_attempts, EXCLUDED.retry_delay,
-                EXCLUDED.timeout, EXCLUDED.user_id, EXCLUDED.context)
+                EXCLUDED.timeout, EXCLUDED.user_id, EXCLUDED.context, EXCLUDED.model, EXCLUDED.res_ids, EXCLUDED.su)
          WHERE s.role = EXCLUDED.role OR s.role IS NULL
             OR NOT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = s.role)
         RETURNING s.id";
     let Made { name, expression, zone, next, overlap, job } = made;
     let database = bus::table()?.database;
-    let args: [DatumWithOid<'_>; 19] = [
+    let args: [DatumWithOid<'_>; 22] = [
         Text(name).into(),
         Text(expression).into(),
         Text(zone).into(),
@@ -129,6 +130,9 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
         job.timeout.into(),
         job.user_id.into(),
         job.context.map(JsonbText).into(),
+        job.model.name.map(Text).into(),
+        job.model.res_ids.map(JsonbText).into(),
+        job.model.su.into(),
     ];
     SCHEDULING.set(true);
     let mark = Scheduling;

@@ -325,6 +325,9 @@ pub struct GatewayCounters {
     pub slow_consumers: AtomicU64,
 }
 
+/// Sessions that may have claimed jobs for runners outside at the same time.
+pub const SESSIONS: usize = 2048;
+
 /// All of it.
 pub struct Shared {
     secret: [u8; SECRET],
@@ -346,6 +349,10 @@ pub struct Shared {
     databases: [DatabaseSlot; DATABASES],
     runners: [RunnerSlot; RUNNERS],
     holds: [Hold; HOLDS],
+    /// The numbers of the sessions that have claimed jobs, 0 for none.
+    sessions: [AtomicI64; SESSIONS],
+    /// The number given last.
+    last_session: AtomicI64,
 }
 
 // SAFETY: atomics and bytes only, no pointers that could differ between processes.
@@ -368,6 +375,8 @@ impl Default for Shared {
             databases: std::array::from_fn(|_| DatabaseSlot::default()),
             runners: std::array::from_fn(|_| RunnerSlot::default()),
             holds: std::array::from_fn(|_| Hold::default()),
+            sessions: [const { AtomicI64::new(0) }; SESSIONS],
+            last_session: AtomicI64::new(0),
         }
     }
 }
@@ -480,6 +489,28 @@ impl Shared {
             hold.database.store(0, Ordering::Release);
             hold.pid.store(0, Ordering::Release);
         }
+    }
+
+    /// Gives a session a number that none had before, nor in an earlier life of the server; None when there is no room.
+    pub fn enter_session(&self) -> Option<i64> {
+        let now = worker::now();
+        let next = |last: i64| Some(now.max(last.saturating_add(1)));
+        let last = self.last_session.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
+        let number = now.max(last.saturating_add(1));
+        let enter = |cell: &AtomicI64| cell.compare_exchange(0, number, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        self.sessions.iter().any(enter).then_some(number)
+    }
+
+    /// The session with this number has ended.
+    pub fn leave_session(&self, number: i64) {
+        for cell in self.sessions.iter().filter(|cell| cell.load(Ordering::Acquire) == number) {
+            cell.store(0, Ordering::Release);
+        }
+    }
+
+    /// Whether the session with this number lives.
+    pub fn has_session(&self, number: i64) -> bool {
+        self.sessions.iter().any(|cell| cell.load(Ordering::Acquire) == number)
     }
 
     /// Whether workers are to stay out of a database.

@@ -20,7 +20,10 @@ SELECT ir_async_call('regress_add', '{"a": 1}');
 SELECT ir_async_call('regress_add', '[1]', '[2]');
 SELECT ir_async_call('regress_add', '[1]', notify => '42');
 SELECT ir_async_call('regress_add', '[1]', max_attempts => 0);
-SELECT ir_async_call('write', model => 'res.partner', res_ids => '{1}');
+SELECT ir_async_call('', model => 'res.partner', res_ids => '{1}');
+SELECT ir_async_call('write', res_ids => '{1}');
+SELECT ir_async_call('write', su => true);
+SELECT ir_async_call('write', '{}', model => 'res.partner', res_ids => '{1}');
 SELECT ir_async_call('regress_add', '[1]', timeout => '0');
 SELECT ir_async_call_notify('x', 'regress_add', '[1]', '{}', NULL);
 

@@ -1,17 +1,14 @@
 //! The database worker's part of schedules: what is due is enqueued in the transaction that says when it is due next, so
 //! that a run is neither lost nor made twice. What was missed while nobody looked is made up for once.
 
-use super::super::bus;
 use super::super::datum::{JsonbText, Text};
-use super::super::jobs::{self, New};
+use super::super::jobs::{self, Model, New};
 use super::super::report::Outcome;
 use super::super::sql::Row;
 use super::super::transaction::{self, Failure};
 use super::super::worker;
 use super::super::zone::ServerZone;
 use super::on_table;
-use crate::core::channel::Channel;
-use crate::core::json;
 use crate::core::schedule::Expression;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -180,7 +177,8 @@ fn take(id: i64) -> Outcome<Option<Due>> {
                                              AND j.state IN ('created', 'processing')),
                 EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid = s.role),
                 s.role, s.search_path, s.next_run, s.description, s.target, s.args, s.kwargs, s.notify,
-                s.queue, s.priority, s.max_attempts, s.retry_delay, s.timeout, s.user_id, s.context
+                s.queue, s.priority, s.max_attempts, s.retry_delay, s.timeout, s.user_id, s.context,
+                s.model, s.res_ids, s.su
            FROM SCHEDULES s WHERE s.id = $1 AND ({due} OR {early}) FOR UPDATE OF s SKIP LOCKED"
     );
     let found = on_table(&text, &[id.into()], |row| {
@@ -206,7 +204,7 @@ fn job(row: &Row) -> Outcome<New> {
         target: row.text(10)?,
         args: row.get::<JsonbText>(11)?.map(|json| json.0).unwrap_or_default(),
         kwargs: row.get::<JsonbText>(12)?.map(|json| json.0).unwrap_or_default(),
-        notify: row.get::<Text>(13)?.map(|text| notified(&text.0)).transpose()?.flatten(),
+        notify: row.get::<Text>(13)?.map(|text| jobs::stored_channel(&text.0)).transpose()?.flatten(),
         queue: row.text(14)?,
         priority: row.need(15)?,
         max_attempts: row.need(16)?,
@@ -214,17 +212,14 @@ fn job(row: &Row) -> Outcome<New> {
         timeout: row.get(18)?,
         user_id: row.get(19)?,
         context: row.get::<JsonbText>(20)?.map(|json| json.0),
+        model: Model {
+            name: row.get::<Text>(21)?.map(|text| text.0),
+            res_ids: row.get::<JsonbText>(22)?.map(|json| json.0),
+            su: row.get(23)?,
+        },
         identity_key: None,
         depends_on: None,
     })
-}
-
-/// The channel as stored, which under a former name of the database is today's.
-fn notified(stored: &str) -> Outcome<Option<Channel>> {
-    let Some(elements) = json::elements(stored)? else { return Ok(None) };
-    let database = bus::table()?.database;
-    let rest = elements.get(1..).unwrap_or_default().join(",");
-    Ok(Some(Channel::from_row(&format!("[{},{rest}]", json::string(&database)), &database)?))
 }
 
 /// Has a schedule run no more, and says why.

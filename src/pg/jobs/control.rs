@@ -1,0 +1,157 @@
+//! What the role that enqueued a job may do with it.
+
+use super::{Token, change_and_tell, on_table, table};
+use crate::pg::datum::{JsonbText, Text};
+use crate::pg::report::{Outcome, report};
+use crate::pg::{shared, wake, worker};
+use pgrx::prelude::*;
+
+/// A job's state as JSON for its own role, a member of it, or whoever may read the table; None for others.
+pub fn status(id: i64) -> Outcome<Option<String>> {
+    let text = "SELECT pg_catalog.jsonb_build_object('id', id, 'name', name, 'state', state, 'payload', payload,
+                       'queue', queue, 'priority', priority, 'attempts', attempts, 'max_attempts', max_attempts,
+                       'deaths', deaths, 'errors', errors, 'target', method, 'user_id', user_id,
+                       'created_at', create_date AT TIME ZONE 'UTC', 'run_at', run_at, 'started_at', claimed_at,
+                       'finished_at', finished_at, 'model', res_model, 'worker', worker,
+                       'progress', CASE WHEN state = 'processing' THEN (
+                            SELECT pg_catalog.jsonb_build_object('percent', p.percent, 'message', p.message)
+                              FROM PROGRESS p WHERE p.job_id = j.id AND p.at >= j.claimed_at) END), role
+                  FROM TABLE j WHERE id = $1";
+    let found = on_table(text, &[id.into()], |row| {
+        Ok((row.get::<JsonbText>(1)?.map(|json| json.0), row.need::<pg_sys::Oid>(2)?))
+    })?;
+    let Some((json, role)) = found.into_iter().next() else { return Ok(None) };
+    Ok(json.filter(|_| may_see(role).unwrap_or(false)))
+}
+
+fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
+    let relid = table()?.relid;
+    // SAFETY: catalog look-ups inside a transaction.
+    unsafe {
+        let user = pg_sys::GetUserId();
+        let read = pg_sys::pg_class_aclcheck(relid, user, pg_sys::ACL_SELECT as pg_sys::AclMode);
+        Ok(worker::is_monitor() || read == pg_sys::AclResult::ACLCHECK_OK || pg_sys::has_privs_of_role(user, role))
+    }
+}
+
+/// Turns `succeeded` into `done`, for the job's own role only. True when it did, false when it was done already.
+/// Errors: 42704 for an unknown job, 42501 for somebody else's, 55000 in another state.
+pub fn complete(id: i64) -> Outcome<bool> {
+    let text = "SELECT role, state::text FROM TABLE WHERE id = $1 FOR UPDATE";
+    let found = on_table(text, &[id.into()], |row| Ok((row.need::<pg_sys::Oid>(1)?, row.text(2)?)))?;
+    let Some((role, state)) = found.into_iter().next() else {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            &format!("job {id} does not exist"),
+            "Finished jobs are deleted after imbus.job_retention.",
+            "",
+        ));
+    };
+    // SAFETY: catalog look-ups inside a transaction.
+    if !unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) } {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+            &format!("permission denied for job {id}"),
+            "Only the role that enqueued a job completes it.",
+            "",
+        ));
+    }
+    match state.as_str() {
+        "done" => Ok(false),
+        "succeeded" => {
+            let text = "UPDATE TABLE j SET state = 'done',
+                               write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC' WHERE id = $1";
+            change_and_tell(text, &[id.into()])?;
+            Ok(true)
+        }
+        other => Err(report(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &format!("job {id} has not succeeded"),
+            &format!("Its state is \"{other}\"."),
+            "Only a job that succeeded is completed.",
+        )),
+    }
+}
+
+/// A job that somebody wants to change: its state and its token.
+struct Known {
+    state: String,
+    token: Option<Token>,
+}
+
+/// Looks up a job that the caller may change: its own role only. Errors: 42704, 42501.
+fn own(id: i64) -> Outcome<Known> {
+    let text = "SELECT role, state::text, token::text FROM TABLE WHERE id = $1";
+    let found = on_table(text, &[id.into()], |row| {
+        let token = row.get::<Text>(3)?.map(|text| text.0);
+        Ok((row.need::<pg_sys::Oid>(1)?, Known { state: row.text(2)?, token }))
+    })?;
+    let Some((role, known)) = found.into_iter().next() else {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
+            &format!("job {id} does not exist"),
+            "Finished jobs are deleted after imbus.job_retention.",
+            "",
+        ));
+    };
+    // SAFETY: a catalog look-up inside a transaction.
+    if unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) } {
+        return Ok(known);
+    }
+    Err(report(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        &format!("permission denied for job {id}"),
+        "Only the role that enqueued a job changes it.",
+        "",
+    ))
+}
+
+/// Ends a job: one that waits is `cancelled` with this transaction; one that a runner works on is stopped at once,
+/// whatever becomes of this transaction, and its effect undone. False when it has ended already. Errors: 42704, 42501.
+pub fn cancel(id: i64) -> Outcome<bool> {
+    loop {
+        let known = own(id)?;
+        if !matches!(known.state.as_str(), "created" | "processing") {
+            return Ok(false);
+        }
+        if let (Some(token), Some(shared)) = (&known.token, shared::get())
+            && shared.runners().any(|(_, slot)| slot.ask_cancel(id, token))
+        {
+            // The database worker asks again should the job not heed it.
+            wake::enqueued();
+            return Ok(true);
+        }
+        let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, session = NULL, finished_at = pg_catalog.clock_timestamp(),
+                           write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                     WHERE id = $1 AND state = $2 AND token IS NOT DISTINCT FROM $3";
+        let args = [id.into(), Text(known.state).into(), known.token.map(Text).into()];
+        if change_and_tell(text, &args)? > 0 {
+            return Ok(true);
+        }
+        // It has just been claimed, or has just ended.
+        pgrx::check_for_interrupts!();
+    }
+}
+
+/// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
+/// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded.
+pub fn retry(id: i64) -> Outcome<bool> {
+    let known = own(id)?;
+    if matches!(known.state.as_str(), "succeeded" | "done") {
+        return Err(report(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            &format!("job {id} has succeeded"),
+            &format!("Its state is \"{}\".", known.state),
+            "Only a job that failed or was cancelled is brought back.",
+        ));
+    }
+    let text = "UPDATE TABLE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
+                       finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND state IN ('failed', 'cancelled')";
+    let is_back = change_and_tell(text, &[id.into()])? > 0;
+    if is_back {
+        wake::enqueued();
+    }
+    Ok(is_back)
+}

@@ -1,0 +1,131 @@
+//! How an attempt ends: with a result, with a failure, with its runner.
+
+use super::{Claimed, change_and_tell, on_table};
+use crate::core::job::{self, State};
+use crate::pg::datum::{JsonbText, Text};
+use crate::pg::report::{Outcome, report};
+use crate::pg::transaction::Failure;
+use crate::pg::wake;
+use pgrx::datum::DatumWithOid;
+use pgrx::prelude::*;
+
+/// Ends a job with its result, in the transaction that did the work.
+pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
+    let payload = result.map(|json| JsonbText(format!(r#"{{"result":{json}}}"#)));
+    let text = "UPDATE TABLE j SET state = $3, payload = $4, token = NULL, session = NULL, traceback = NULL,
+                       finished_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+    let state = State::ended(result.is_some()).as_str().to_owned();
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into(), Text(state).into(), payload.into()];
+    if change_and_tell(text, &args)? == 0 {
+        return Err(given_up(claimed.id));
+    }
+    wake::enqueued();
+    Ok(())
+}
+
+/// What a runner hears that answers for a job it has lost: whatever it did in the same transaction is undone.
+pub fn given_up(id: i64) -> pgrx::pg_sys::panic::ErrorReport {
+    report(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        &format!("job {id} is not this runner's any more"),
+        "Its session had ended, its timeout had passed, somebody cancelled it, or it has ended already.",
+        "Roll back, and claim the next one.",
+    )
+}
+
+/// Why an attempt failed.
+pub struct Failed {
+    /// `{"error":{"code","message","data"}}`, as JSON text.
+    pub payload: String,
+    /// For column `traceback`.
+    pub text: String,
+    /// No other attempt can do better.
+    pub is_final: bool,
+}
+
+impl From<&Failure> for Failed {
+    fn from(failure: &Failure) -> Failed {
+        let (detail, hint) = (failure.detail.as_deref(), failure.hint.as_deref());
+        let payload = job::error_payload(&failure.code, &failure.message, detail, hint);
+        Failed { payload, text: failure.to_string(), is_final: false }
+    }
+}
+
+/// Records a failed attempt: the job waits for the next one, or has failed. False when it was not the runner's any more.
+pub fn fail(claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
+    let text = "SELECT attempts, max_attempts FROM TABLE WHERE id = $1 AND token = $2 FOR UPDATE";
+    let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let attempts = on_table(text, &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
+    let Some((attempts, max_attempts)) = attempts.into_iter().next() else { return Ok(false) };
+    let [id, token] = key();
+    let state = if failed.is_final { State::Failed } else { job::after_failure(attempts, max_attempts) };
+    end_attempt(state, id, token, &failed.payload, &failed.text, true)?;
+    Ok(true)
+}
+
+/// Records the death of a runner in a job: at once `created` again, or failed after the fifth. One whose row somebody has
+/// locked is left for the next look: a worker waits for nobody.
+pub fn runner_died(claimed: &Claimed, counts: bool) -> Outcome<()> {
+    let text = "UPDATE TABLE SET deaths = deaths + $3::integer, attempts = attempts - 1
+                 WHERE id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
+                               FOR UPDATE SKIP LOCKED) RETURNING deaths";
+    let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let [id, token] = key();
+    let deaths = on_table(text, &[id, token, i32::from(counts).into()], |row| row.need::<i32>(1))?;
+    let Some(deaths) = deaths.into_iter().next() else { return Ok(()) };
+    let message = format!("the runner died {deaths} times in this job");
+    let payload = job::error_payload("runner_died", &message, None, None);
+    let [id, token] = key();
+    end_attempt(job::after_death(deaths), id, token, &payload, &message, false)
+}
+
+fn end_attempt(
+    state: State,
+    id: DatumWithOid<'_>,
+    token: DatumWithOid<'_>,
+    payload: &str,
+    traceback: &str,
+    delayed: bool,
+) -> Outcome<()> {
+    // Each attempt that fails waits twice as long as the one before, up to an hour, and a little more at random, so
+    // that what failed together does not come back together.
+    let text = "UPDATE TABLE j SET state = $3, token = NULL, session = NULL, traceback = $5,
+                       payload = CASE WHEN $3 = 'failed' THEN $4 END,
+                       errors = (CASE WHEN pg_catalog.jsonb_array_length(j.errors) < 20 THEN j.errors
+                                      ELSE j.errors - 0 END)
+                                || pg_catalog.jsonb_build_array(pg_catalog.jsonb_build_object(
+                                       'attempt', j.attempts, 'at', pg_catalog.clock_timestamp(),
+                                       'error', $4 -> 'error')),
+                       finished_at = CASE WHEN $3 = 'failed' THEN pg_catalog.clock_timestamp() END,
+                       run_at = CASE WHEN $6 AND $3 = 'created'
+                                     THEN pg_catalog.clock_timestamp()
+                                          + LEAST(LEAST(j.retry_delay, '1 year') * pg_catalog.power(
+                                                      2::float8, LEAST(j.attempts, 20)::float8 - 1),
+                                                  GREATEST('1 hour', LEAST(j.retry_delay, '1 year')))
+                                            * (1 + pg_catalog.random() / 4)
+                                     ELSE j.run_at END,
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+    let args = [
+        id,
+        token,
+        Text(state.as_str().to_owned()).into(),
+        JsonbText(payload.to_owned()).into(),
+        Text(traceback.to_owned()).into(),
+        delayed.into(),
+    ];
+    change_and_tell(text, &args)?;
+    wake::enqueued();
+    Ok(())
+}
+
+/// Records that a job was stopped because somebody wanted it to.
+pub fn cancelled(claimed: &Claimed) -> Outcome<()> {
+    let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, session = NULL, finished_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+    change_and_tell(text, &[claimed.id.into(), Text(claimed.token.clone()).into()])?;
+    Ok(())
+}

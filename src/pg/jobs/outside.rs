@@ -1,0 +1,129 @@
+//! Runners outside: they claim through SQL, and answer with the fencing token of their claim. A claim ends with the
+//! session that made it (`pg::sessions`), or with the job's timeout, which each word of progress restarts.
+
+use super::claims::room;
+use super::endings::{Failed, fail, given_up, succeed};
+use super::{Claimed, NOTIFICATION, Token, change_and_tell, new_token, on_table, stored_channel};
+use crate::core::json;
+use crate::pg::bus;
+use crate::pg::datum::{JsonbText, Text};
+use crate::pg::report::Outcome;
+use pgrx::datum::Interval;
+use pgrx::prelude::*;
+
+/// A job that a runner outside has claimed: what it needs to run it.
+pub struct Assignment {
+    pub id: i64,
+    pub token: Token,
+    pub name: Option<Text>,
+    pub target: Text,
+    pub args: JsonbText,
+    pub kwargs: JsonbText,
+    pub model: Option<Text>,
+    pub res_ids: Option<JsonbText>,
+    pub user_id: Option<i32>,
+    pub context: Option<JsonbText>,
+    pub su: Option<bool>,
+    pub attempt: i32,
+    pub timeout: Option<Interval>,
+}
+
+/// Claims the first jobs of a queue that can run now and whose role the caller is, or is a member of.
+pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: i64) -> Outcome<Vec<Assignment>> {
+    let roles = roles_waiting(queue)?;
+    let room = room(queue, max_jobs.into())?;
+    let text = "SELECT c.id FROM TABLE c WHERE c.state = 'created' AND c.queue = $1 AND c.role = ANY($2)
+                   AND c.run_at <= pg_catalog.clock_timestamp()
+                   AND NOT EXISTS (SELECT FROM pg_catalog.unnest(c.depends_on) d (id) JOIN TABLE p ON p.id = d.id
+                                    WHERE p.state NOT IN ('succeeded', 'done'))
+                 ORDER BY c.priority, c.run_at, c.id LIMIT $3 FOR UPDATE OF c SKIP LOCKED";
+    let args = [Text(queue.to_owned()).into(), roles.into(), room.into()];
+    let ids = on_table(text, &args, |row| row.need::<i64>(1))?;
+    ids.into_iter().map(|id| assign(id, worker, session)).collect()
+}
+
+/// The roles with waiting jobs in the queue that the caller has the rights of.
+fn roles_waiting(queue: &str) -> Outcome<Vec<pg_sys::Oid>> {
+    let text = "SELECT DISTINCT c.role FROM TABLE c WHERE c.state = 'created' AND c.queue = $1";
+    let roles = on_table(text, &[Text(queue.to_owned()).into()], |row| row.need::<pg_sys::Oid>(1))?;
+    // SAFETY: catalog look-ups inside a transaction.
+    Ok(roles.into_iter().filter(|role| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), *role) }).collect())
+}
+
+/// Claims a job that this transaction has locked.
+fn assign(id: i64, worker: Option<&str>, session: i64) -> Outcome<Assignment> {
+    let token = new_token()?;
+    let text =
+        "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, session = $3, worker = $4,
+                       claimed_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC' WHERE id = $1";
+    let worker = worker.map(|worker| Text(worker.to_owned()));
+    change_and_tell(text, &[id.into(), Text(token.clone()).into(), session.into(), worker.into()])?;
+    let text = "SELECT name::text, method::text, args, kwargs, res_model::text, res_ids, user_id, context, super_user,
+                       attempts, timeout FROM TABLE WHERE id = $1";
+    let read = |row: &crate::pg::sql::Row| {
+        Ok(Assignment {
+            id,
+            token: token.clone(),
+            name: row.get(1)?,
+            target: Text(row.text(2)?),
+            args: row.get(3)?.unwrap_or(JsonbText("[]".to_owned())),
+            kwargs: row.get(4)?.unwrap_or(JsonbText("{}".to_owned())),
+            model: row.get(5)?,
+            res_ids: row.get(6)?,
+            user_id: row.get(7)?,
+            context: row.get(8)?,
+            su: row.get(9)?,
+            attempt: row.need(10)?,
+            timeout: row.get(11)?,
+        })
+    };
+    on_table(text, &[id.into()], read)?.into_iter().next().ok_or_else(|| given_up(id))
+}
+
+/// Ends a claimed job with a result (NULL and null are none). Errors: 55000 for a runner that has lost it.
+pub fn finish_outside(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
+    check_role(claimed)?;
+    succeed(claimed, result.filter(|json| *json != "null"))
+}
+
+/// Ends an attempt of a claimed job with an error. Errors: 55000 for a runner that has lost it.
+pub fn fail_outside(claimed: &Claimed, failed: &Failed) -> Outcome<()> {
+    check_role(claimed)?;
+    if fail(claimed, failed)? { Ok(()) } else { Err(given_up(claimed.id)) }
+}
+
+/// Keeps and tells how far a claimed job is; its timeout begins anew. The
+/// job's own row stays as it is, so that a transaction that ends the job with an older snapshot is not in its way. Errors:
+/// 55000 for a runner that has lost it.
+pub fn progress(claimed: &Claimed, percent: Option<f64>, message: Option<&str>) -> Outcome<()> {
+    check_role(claimed)?;
+    let text = "INSERT INTO PROGRESS AS p (job_id, percent, message, at)
+                VALUES ($1, $2, $3, pg_catalog.clock_timestamp())
+                ON CONFLICT (job_id) DO UPDATE SET percent = EXCLUDED.percent, message = EXCLUDED.message,
+                                                   at = EXCLUDED.at RETURNING p.job_id";
+    on_table(text, &[claimed.id.into(), percent.into(), message.map(|text| Text(text.to_owned())).into()], |_| Ok(()))?;
+    let text = "SELECT name::text, notify::text FROM TABLE WHERE id = $1 AND notify IS NOT NULL";
+    let told = on_table(text, &[claimed.id.into()], |row| Ok((row.get::<Text>(1)?, row.text(2)?)))?;
+    let Some((name, stored)) = told.into_iter().next() else { return Ok(()) };
+    let Some(channel) = stored_channel(&stored)? else { return Ok(()) };
+    let body = format!(
+        r#"{{"id":{},"name":{},"state":"processing","payload":null,"progress":{{"percent":{},"message":{}}}}}"#,
+        claimed.id,
+        name.map_or_else(|| "null".to_owned(), |name| json::string(&name.0)),
+        percent.filter(|percent| percent.is_finite()).map_or_else(|| "null".to_owned(), |percent| percent.to_string()),
+        message.map_or_else(|| "null".to_owned(), json::string),
+    );
+    bus::publish(&channel, NOTIFICATION, &body)?;
+    Ok(())
+}
+
+/// Whether the job is the runner's by this token, and the caller has the rights of the job's role.
+fn check_role(claimed: &Claimed) -> Outcome<()> {
+    let text = "SELECT role FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'";
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let role = on_table(text, &args, |row| row.need::<pg_sys::Oid>(1))?.into_iter().next();
+    // SAFETY: catalog look-ups inside a transaction.
+    let is_theirs = role.is_some_and(|role| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) });
+    if is_theirs { Ok(()) } else { Err(given_up(claimed.id)) }
+}

@@ -1,0 +1,63 @@
+//! What the administrator sees, and what is cleared away.
+
+use super::on_table;
+use crate::core::status::{FailedJob, Jobs, Queue};
+use crate::pg::report::Outcome;
+
+/// Jobs counted for the administrator, a state.
+const COUNTED: u32 = 20_000;
+/// Finished jobs deleted in one transaction.
+const PRUNE_BATCH: i64 = 10_000;
+
+/// How the jobs are, for the administrator's page: counted up to a bound a state, so that a long queue costs no more.
+pub fn summary() -> Outcome<Jobs> {
+    let text = format!(
+        "SELECT s.queue::text, s.state::text, pg_catalog.count(*) FROM (
+            (SELECT queue, state FROM TABLE WHERE state = 'created' LIMIT {COUNTED})
+            UNION ALL (SELECT queue, state FROM TABLE WHERE state = 'processing' LIMIT {COUNTED})
+            UNION ALL (SELECT queue, state FROM TABLE WHERE finished_at IS NOT NULL
+                        ORDER BY finished_at DESC LIMIT {COUNTED})) s
+          GROUP BY 1, 2 ORDER BY 1"
+    );
+    let mut queues: Vec<Queue> = Vec::new();
+    for (name, state, count) in on_table(&text, &[], |row| Ok((row.text(1)?, row.text(2)?, row.need::<i64>(3)?)))? {
+        if queues.last().is_none_or(|queue| queue.queue != name) {
+            queues.push(Queue { queue: name, ..Queue::default() });
+        }
+        let Some(queue) = queues.last_mut() else { continue };
+        match state.as_str() {
+            "created" => queue.waiting = count,
+            "processing" => queue.processing = count,
+            "succeeded" => queue.succeeded = count,
+            "failed" => queue.failed = count,
+            _ => queue.done += count,
+        }
+    }
+    let text = format!(
+        "SELECT s.id, s.name::text, pg_catalog.left(pg_catalog.split_part(s.error, E'\n', 1), 200),
+                (pg_catalog.date_part('epoch', s.finished_at) * 1000)::bigint
+           FROM (SELECT id, COALESCE(name, method) AS name, COALESCE(payload #>> '{{error,message}}', '') AS error, state,
+                        finished_at
+                   FROM TABLE WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT {COUNTED}) s
+          WHERE s.state = 'failed' ORDER BY s.finished_at DESC LIMIT 20"
+    );
+    let failed = on_table(&text, &[], |row| {
+        Ok(FailedJob { id: row.need(1)?, name: row.text(2)?, error: row.text(3)?, at: row.need(4)? })
+    })?;
+    Ok(Jobs { queues, failed })
+}
+
+/// Deletes finished jobs older than `seconds`: how many (a batch at most). Failed jobs stay visible.
+pub fn prune(seconds: i64) -> Outcome<i64> {
+    let text = "DELETE FROM TABLE WHERE id IN (SELECT id FROM TABLE WHERE state IN ('succeeded', 'done', 'cancelled')
+                   AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) LIMIT $2)
+                RETURNING id";
+    on_table(
+        "DELETE FROM PROGRESS p WHERE NOT EXISTS (SELECT FROM TABLE j WHERE j.id = p.job_id AND j.state = 'processing')
+         RETURNING p.job_id",
+        &[],
+        |_| Ok(()),
+    )?;
+    let deleted = on_table(text, &[(seconds as f64).into(), PRUNE_BATCH.into()], |_| Ok(()))?;
+    Ok(i64::try_from(deleted.len()).unwrap_or(0))
+}
