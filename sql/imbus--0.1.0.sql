@@ -62,6 +62,7 @@ CREATE TABLE @extschema@.ir_async (
     timeout interval,
     identity_key varchar,
     depends_on bigint[],
+    ready boolean NOT NULL DEFAULT true,
     token text,
     session bigint,
     worker varchar,
@@ -128,9 +129,11 @@ SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule_id_seq', 
 
 ---------------------------------------------------------------- indexes
 
-CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (priority, run_at, id) WHERE state = 'created';
-CREATE INDEX ir_async_run_at_index ON @extschema@.ir_async (run_at) WHERE state = 'created';
-CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (id) WHERE state = 'processing';
+-- Lanes: jobs that differ in nothing but their times (src/pg/jobs/claims.rs).
+CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (res_model IS NOT NULL), role, priority, run_at, id)
+    WHERE state = 'created' AND ready;
+CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
+CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_finished_index ON @extschema@.ir_async (finished_at) WHERE finished_at IS NOT NULL;
 CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');

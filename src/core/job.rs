@@ -46,6 +46,36 @@ impl fmt::Display for State {
     }
 }
 
+/// Waiting jobs that differ in nothing but their times: each is as good as the next.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lane {
+    pub queue: String,
+    /// For methods of Odoo's; else for functions, or for runners outside.
+    pub is_odoo: bool,
+    /// OID of the role they run as.
+    pub role: u32,
+    pub priority: i32,
+    /// When the first is to start, in seconds from now.
+    pub due_in: f64,
+}
+
+impl Lane {
+    /// Whether its first job can start.
+    pub fn is_due(&self) -> bool {
+        self.due_in <= 0.0
+    }
+}
+
+/// The lanes in the order in which their first jobs come: by priority, then by time.
+pub fn sort(lanes: &mut [Lane]) {
+    lanes.sort_by(|one, other| one.priority.cmp(&other.priority).then(one.due_in.total_cmp(&other.due_in)));
+}
+
+/// Seconds until the first lane that is not due yet is; None when there is none.
+pub fn next_start(lanes: &[Lane]) -> Option<f64> {
+    lanes.iter().map(|lane| lane.due_in).filter(|due_in| *due_in > 0.0).min_by(f64::total_cmp)
+}
+
 /// What becomes of a job whose attempt failed.
 pub fn after_failure(attempts: i32, max_attempts: i32) -> State {
     if attempts < max_attempts { State::Created } else { State::Failed }
@@ -244,6 +274,18 @@ mod tests {
         let nothing = function("f()", &[], Returns::Void);
         assert_eq!(call_statement(&nothing, 0, &[]), "SELECT public.f() FROM (SELECT $1::jsonb) x");
         assert_eq!(argument_object(["1", "\"x\""].into_iter()), r#"{"a0":1,"a1":"x"}"#);
+    }
+
+    #[test]
+    fn lanes_come_by_priority_and_time() {
+        let lane =
+            |queue: &str, priority, due_in| Lane { queue: queue.into(), is_odoo: false, role: 1, priority, due_in };
+        let mut lanes = [lane("a", 10, -1.0), lane("b", 10, -2.0), lane("c", 5, 3.0), lane("d", 20, 0.5)];
+        sort(&mut lanes);
+        assert_eq!(lanes.iter().map(|lane| lane.queue.as_str()).collect::<String>(), "cbad");
+        assert_eq!(lanes.iter().filter(|lane| lane.is_due()).count(), 2);
+        assert_eq!(next_start(&lanes), Some(0.5));
+        assert_eq!(next_start(&[]), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::status::Jobs;
 use serde::{Deserialize, Serialize};
 
 /// Version of the messages below; a peer with another one is hung up on and comes back after its restart.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// Where the gateway listens for links, relative to the data directory (every PostgreSQL process's working directory).
 /// `pg_stat_tmp` is emptied at start and left out of base backups.
@@ -33,6 +33,8 @@ pub enum Event {
     Recovered { request: u64, notifications: Vec<Notification>, more: bool },
     /// The answer to [`Command::Query`].
     Answered { query: u64, answer: Answer },
+    /// A job that is claimed for Odoo: call it there. Answered by [`Command::Called`], unless the link ends before.
+    Call { call: u64, id: i64, token: String },
     /// JSON lists of channels to NOTIFY in the listen database on behalf of the writers, one entry per payload.
     Emit { payloads: Vec<String> },
     /// First message of a backend that wants to see the connections (of one database, or of all). Answered by
@@ -57,10 +59,25 @@ pub enum Command {
     Forget { request: u64 },
     /// Something only the database knows. Answered by [`Event::Answered`], in any order.
     Query { query: u64, question: Question },
+    /// What came of an [`Event::Call`].
+    Called { call: u64, outcome: Called },
     /// The open connections.
     Connections(Vec<Connection>),
     /// Whether the connection was there.
     Disconnected(bool),
+}
+
+/// How a call of Odoo ended that was to run a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Called {
+    /// Odoo says that the job has ended, in its own transaction.
+    Settled,
+    /// Odoo says that the job is not the caller's any more.
+    Lost,
+    /// Odoo was not reached, or does not know what to do: the job was not begun, and why.
+    Refused(String),
+    /// The call was broken off, or answered by an error: whether the job was begun is not known, and why.
+    Died(String),
 }
 
 /// What a database worker can be asked on behalf of one client.

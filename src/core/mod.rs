@@ -13,6 +13,7 @@ pub mod line;
 pub mod link;
 pub mod notification;
 pub mod odoo;
+pub mod pace;
 pub mod payload;
 pub mod position;
 pub mod protocol;

@@ -4,6 +4,7 @@ use super::channel::Channel;
 use super::error::Error;
 use super::granted::Granted;
 use super::json;
+use super::link::Called;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
@@ -43,6 +44,18 @@ const GUEST: &str = "mail.guest";
 /// The body of a call with these parameters, a JSON object.
 pub fn call(params: &str) -> String {
     format!("{{\"jsonrpc\":\"2.0\",\"method\":\"call\",\"id\":1,\"params\":{params}}}")
+}
+
+/// What the status of the add-on's answer says of a job (`odoo/imbus`, controller `/imbus/async/run`). An Odoo without
+/// the add-on, without that database, or on its way up or down has not begun it.
+pub fn ran(status: u16) -> Called {
+    match status {
+        200 => Called::Settled,
+        409 => Called::Lost,
+        404 => Called::Refused("it has no add-on imbus for this database".to_owned()),
+        300..500 | 502..=504 => Called::Refused(format!("it answers with status {status}")),
+        _ => Called::Died(format!("it answers with status {status}")),
+    }
 }
 
 /// The body of a call of `/websocket/peek_notifications`. `channels` is a JSON array of strings; `last` the greatest id

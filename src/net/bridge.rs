@@ -3,12 +3,13 @@
 
 use super::batch::Batch;
 use super::counters::Counters;
+use super::links::LinkId;
 use super::odoo::{Outcome, Said};
 use super::reactor::{Parts, Reactor};
 use super::replays::Ask;
 use super::status::{Gauges, Snapshot};
 use super::visitor::Handovers;
-use crate::core::link::{Answer, Connection, Question};
+use crate::core::link::{Answer, Called, Connection, Question};
 use crate::core::notification::Notification;
 use crate::core::protocol::Close;
 use crate::core::settings::{Database, Settings};
@@ -149,6 +150,12 @@ pub(super) enum Note {
     },
     /// To reactor 0's desk for Odoo.
     Odoo(Said),
+    /// To reactor 0, for a link: what came of a job's call.
+    JobCalled {
+        link: LinkId,
+        call: u64,
+        outcome: Called,
+    },
     /// What came of a question of a connection of this reactor.
     OdooSaid {
         query: u64,

@@ -101,6 +101,8 @@ pub struct Counters {
     pub recoveries: AtomicU64,
     /// Calls made to Odoo.
     pub odoo_calls: AtomicU64,
+    /// Jobs that Odoo was called for.
+    pub odoo_jobs: AtomicU64,
     /// Calls of Odoo that wait in the line now.
     pub odoo_waiting: AtomicU64,
     /// Sessions of Odoo's with an open websocket now.

@@ -51,6 +51,14 @@ pub enum LinkEvent {
         answer: Answer,
     },
     Emit(Vec<String>),
+    /// A job is to be run by Odoo.
+    Call {
+        link: LinkId,
+        database: u32,
+        call: u64,
+        id: i64,
+        token: String,
+    },
     Inspect {
         link: LinkId,
         database: Option<u32>,
@@ -177,6 +185,15 @@ impl Links {
         self.pump(database);
     }
 
+    /// Says something on a link, if it is still there.
+    pub fn say(&mut self, id: LinkId, command: &Command) {
+        let Some(link) = self.links.get_mut(id.place).and_then(Option::as_mut).filter(|l| l.serial == id.serial) else {
+            return;
+        };
+        let result = link.say(command);
+        self.settle(id.place, result.map(|()| false));
+    }
+
     /// Answers an inspector and hangs up on it.
     pub fn answer(&mut self, id: LinkId, answer: &Command) {
         let Some(link) = self.links.get_mut(id.place).and_then(Option::as_mut).filter(|l| l.serial == id.serial) else {
@@ -257,6 +274,11 @@ impl Links {
             }
             (Peer::Database(_), Event::Emit { payloads }) => {
                 self.events.push(LinkEvent::Emit(payloads));
+                Ok(())
+            }
+            (Peer::Database(database), Event::Call { call, id, token }) => {
+                let link = LinkId { place, serial: link.serial };
+                self.events.push(LinkEvent::Call { link, database, call, id, token });
                 Ok(())
             }
             _ => Err(Some("a message out of place".to_owned())),

@@ -2,17 +2,20 @@
 //! when, and what their answers mean for whom. The calls themselves are made by the threads of [`pool`].
 
 mod pool;
+mod watched;
 
 use super::bridge::{LogLevel, MainLine, Note, Peer};
 use super::counters::Counters;
+use super::links::LinkId;
 use super::visitor::{Handovers, Visitor};
 use crate::core::hub::Moment;
 use crate::core::line::Line;
+use crate::core::link::Called;
 use crate::core::odoo::{self, Answer};
 use crate::core::protocol::{Close, CloseCode};
 use crate::core::settings::{Database, Settings};
 use crate::core::visitors::{User, Visitors};
-use pool::{Call, Pool, Reply};
+use pool::{Call, Fault, Pool, Reply};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,6 +33,8 @@ const SPARING: Moment = 3;
 const PEEK: &str = "/websocket/peek_notifications";
 /// Where presence is told.
 pub const PRESENCE: &str = "/websocket/update_bus_presence";
+/// Where a job is run, by the add-on.
+const RUN: &str = "/imbus/async/run";
 /// Where the end of a websocket is told.
 pub const CLOSED: &str = "/websocket/on_closed";
 
@@ -49,7 +54,9 @@ pub enum Said {
     /// What a client says of its presence, a JSON object.
     Presence { visitor: Box<Visitor>, data: String },
     /// A call has come back.
-    Called { ticket: u64, result: Result<Arc<Reply>, String> },
+    Called { ticket: u64, result: Result<Arc<Reply>, Fault> },
+    /// The worker of a database has claimed a job for Odoo. Answered by [`Note::JobCalled`].
+    Job { link: LinkId, database: u32, call: u64, id: i64, token: String },
 }
 
 /// What Odoo is asked.
@@ -110,6 +117,10 @@ pub struct Odoo {
     /// Calls made outside of the line: checks, and when they began.
     checks: HashMap<u64, (Visitor, Moment)>,
     next_check: u64,
+    /// The threads that wait for jobs, and whose jobs these are.
+    runners: Pool,
+    jobs: HashMap<u64, (LinkId, u64)>,
+    next_job: u64,
     complained: Option<Moment>,
 }
 
@@ -129,13 +140,15 @@ const CHECKS_AT_ONCE: usize = 2;
 
 /// Tickets of checks, which stand in no line, have this bit.
 const CHECKS: u64 = 1 << 63;
+/// Tickets of jobs have this one.
+const JOBS: u64 = 1 << 62;
 
 impl Odoo {
     /// A desk for these reactors, the first of which is its own.
     pub fn new(peers: Vec<Peer>, front: Peer, handovers: Arc<Handovers>) -> Odoo {
         Odoo {
             line: Line::default(),
-            pool: Pool::new(front),
+            pool: Pool::for_questions(front.clone()),
             peers,
             visitors: Visitors::default(),
             handovers,
@@ -143,6 +156,9 @@ impl Odoo {
             spare_until: 0,
             checks: HashMap::new(),
             next_check: 0,
+            runners: Pool::for_jobs(front),
+            jobs: HashMap::new(),
+            next_job: 0,
             complained: None,
         }
     }
@@ -176,7 +192,9 @@ impl Odoo {
                 let errand = Errand::Tell { visitor: (*visitor).clone(), path: PRESENCE, body: odoo::call(&data) };
                 self.line.tell(visitor.key, errand, room.now);
             }
+            Said::Called { ticket, result } if ticket & JOBS != 0 => self.job_called(ticket, result),
             Said::Called { ticket, result } => self.called(ticket, result, room),
+            Said::Job { link, database, call, id, token } => self.run(link, database, call, (id, &token), room),
         }
     }
 
@@ -250,7 +268,7 @@ impl Odoo {
     }
 
     /// A call has come back.
-    fn called(&mut self, ticket: u64, result: Result<Arc<Reply>, String>, room: &mut Room) {
+    fn called(&mut self, ticket: u64, result: Result<Arc<Reply>, Fault>, room: &mut Room) {
         if result.is_err() {
             Counters::add(&room.counters.odoo_failures, 1);
         }
@@ -270,7 +288,7 @@ impl Odoo {
                         Outcome::Forwarded { body: reply.body.clone(), set_cookies: reply.set_cookies.clone() }
                     }
                     Ok(reply) => Outcome::Unavailable(format!("Odoo answers {}", reply.status)),
-                    Err(reason) => Outcome::Unavailable(reason),
+                    Err(fault) => Outcome::Unavailable(fault.reason),
                 };
                 waiters.into_iter().for_each(|waiter| self.tell(waiter, &outcome));
             }
@@ -287,8 +305,42 @@ impl Odoo {
         }
     }
 
+    /// Has Odoo run a job. How many at once is the database workers' to say, which claim them.
+    fn run(&mut self, link: LinkId, database: u32, call: u64, (id, token): (i64, &str), room: &mut Room) {
+        let Some(database) = room.databases.iter().find(|known| known.oid == database) else {
+            let outcome = Called::Refused("the database is not known yet".to_owned());
+            return self.tell_link(link, call, outcome);
+        };
+        self.next_job += 1;
+        let ticket = JOBS | self.next_job;
+        self.jobs.insert(ticket, (link, call));
+        let url = format!("{}{RUN}", room.settings.odoo_url.trim_end_matches('/'));
+        let body = serde_json::json!({ "db": database.name, "id": id, "token": token }).to_string();
+        // Odoo 19 goes by this header where a host may mean several databases.
+        let headers = vec![("X-Odoo-Database", database.name.clone())];
+        Counters::add(&room.counters.odoo_jobs, 1);
+        self.runners.call(Call { ticket, url, headers, body }, self.jobs.len());
+    }
+
+    /// Odoo has run a job, or has not.
+    fn job_called(&mut self, ticket: u64, result: Result<Arc<Reply>, Fault>) {
+        let Some((link, call)) = self.jobs.remove(&ticket) else { return };
+        let outcome = match result {
+            Ok(reply) => odoo::ran(reply.status),
+            Err(fault) if fault.is_begun => Called::Died(fault.reason),
+            Err(fault) => Called::Refused(fault.reason),
+        };
+        self.tell_link(link, call, outcome);
+    }
+
+    fn tell_link(&self, link: LinkId, call: u64, outcome: Called) {
+        if let Some(front) = self.peers.first() {
+            front.tell(Note::JobCalled { link, call, outcome });
+        }
+    }
+
     /// A session has been checked again.
-    fn checked(&mut self, ticket: u64, result: Result<Arc<Reply>, String>, room: &mut Room) {
+    fn checked(&mut self, ticket: u64, result: Result<Arc<Reply>, Fault>, room: &mut Room) {
         let Some((visitor, began)) = self.checks.remove(&ticket) else { return };
         // One that had no answer has cost Odoo little.
         if result.is_ok() {
@@ -314,11 +366,11 @@ impl Odoo {
     }
 
     /// What Odoo's answer about a visitor comes to.
-    fn outcome(&mut self, visitor: &Visitor, result: Result<Arc<Reply>, String>, room: &mut Room) -> Outcome {
+    fn outcome(&mut self, visitor: &Visitor, result: Result<Arc<Reply>, Fault>, room: &mut Room) -> Outcome {
         let reply = match result {
             Ok(reply) if reply.status == 200 => reply,
             Ok(reply) => return self.unavailable(&format!("it answers with status {}", reply.status), room),
-            Err(reason) => return self.unavailable(&reason, room),
+            Err(fault) => return self.unavailable(&fault.reason, room),
         };
         let known = match odoo::answer(&reply.body) {
             Ok(Answer::Known(known)) => known,

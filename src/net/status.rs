@@ -221,6 +221,7 @@ impl Snapshot {
                 counter,
                 get(&counters.odoo_failures),
             ),
+            one("imbus_odoo_jobs_total", "Jobs that Odoo was called for.", counter, get(&counters.odoo_jobs)),
             one("imbus_odoo_waiting", "Calls to Odoo that wait in line.", gauge, get(&counters.odoo_waiting)),
             one("imbus_odoo_sessions", "Sessions of Odoo's with a websocket.", gauge, get(&counters.odoo_sessions)),
             one("imbus_replays_total", "Replays to clients that came back.", counter, get(&counters.recoveries)),

@@ -3,14 +3,17 @@
 
 use super::datum::{JsonbText, Text};
 use super::report::{Outcome, report};
-use super::sql;
-use super::transaction::safely;
+use super::transaction::{safely, set_local};
+use super::{catalog, sql};
 use crate::core::error::shown;
 use crate::core::job::{self, Candidate, Mismatch, Parameter, Returns};
 use crate::core::json;
 use pgrx::prelude::*;
 use serde_json::value::RawValue;
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::CString;
+use std::rc::Rc;
 
 /// The arguments of a job: positional ones and named ones, each as JSON text.
 pub struct Arguments {
@@ -183,9 +186,46 @@ fn unknown(target: &str, arguments: &Arguments) -> pgrx::pg_sys::panic::ErrorRep
     )
 }
 
+/// The call of a function, as it is found for a signature and the shape of the arguments.
+struct Prepared {
+    generation: u64,
+    statement: String,
+    returns: Returns,
+}
+
+/// Calls remembered in a process, at most.
+const REMEMBERED: usize = 200;
+
+/// Signature, positional arguments, names of the others.
+type Shape = (String, usize, Vec<String>);
+
+thread_local! {
+    static PREPARED: RefCell<HashMap<Shape, Rc<Prepared>>> = RefCell::new(HashMap::new());
+}
+
 /// Calls a stored signature as the current user with the given search_path: the result as JSON text, None for void or
 /// NULL. Raises whatever the function raises, and 42501 or 42883 when it was revoked or dropped since.
 pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome<Option<String>> {
+    let prepared = prepare(signature, arguments)?;
+    set_local(c"search_path", &CString::new(search_path).map_err(super::report::internal)?);
+    let argument = [JsonbText(arguments.object()).into()];
+    if prepared.returns == Returns::Void {
+        sql::execute(&prepared.statement, &argument)?;
+        return Ok(None);
+    }
+    let result = sql::first(&prepared.statement, &argument, |row| row.get::<JsonbText>(1))?;
+    Ok(result.flatten().map(|json| json.0).filter(|json| json != "null"))
+}
+
+/// How the function is called; remembered while nothing changes in the catalogs. The right to call it is checked by each
+/// call.
+fn prepare(signature: &str, arguments: &Arguments) -> Outcome<Rc<Prepared>> {
+    let shape = (signature.to_owned(), arguments.args.len(), arguments.names());
+    let generation = catalog::generation();
+    let known = PREPARED.with_borrow(|calls| calls.get(&shape).cloned());
+    if let Some(known) = known.filter(|known| known.generation == generation) {
+        return Ok(known);
+    }
     let oid = safely(|| {
         let text = "SELECT $1::pg_catalog.regprocedure::oid";
         sql::first(text, &[Text(signature.to_owned()).into()], |row| row.get::<pg_sys::Oid>(1))
@@ -194,14 +234,13 @@ pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome
     let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
         return Err(unknown(signature, arguments));
     };
-    let statement = job::call_statement(&candidate, arguments.args.len(), &arguments.names());
-    let set = "SELECT pg_catalog.set_config('search_path', $1, true)";
-    sql::execute(set, &[Text(search_path.to_owned()).into()])?;
-    let argument = [JsonbText(arguments.object()).into()];
-    if candidate.returns == Returns::Void {
-        sql::execute(&statement, &argument)?;
-        return Ok(None);
-    }
-    let result = sql::first(&statement, &argument, |row| row.get::<JsonbText>(1))?;
-    Ok(result.flatten().map(|json| json.0).filter(|json| json != "null"))
+    let statement = job::call_statement(&candidate, shape.1, &shape.2);
+    let prepared = Rc::new(Prepared { generation, statement, returns: candidate.returns });
+    PREPARED.with_borrow_mut(|calls| {
+        if calls.len() >= REMEMBERED {
+            calls.clear();
+        }
+        calls.insert(shape, prepared.clone());
+    });
+    Ok(prepared)
 }

@@ -7,12 +7,13 @@ mod reading;
 mod replays;
 
 use super::bus::Bus;
+use super::dispatcher::Dispatcher;
 use super::link::{BACKLOG_MAX, Link};
 use super::schedules::Schedules;
 use super::shared::{self, DatabaseSlot, DatabaseState, Shared};
 use super::transaction::{self, Failure, safely};
 use super::worker::{self, Waiting};
-use super::{launch, runner, sql};
+use super::{launch, sql};
 use crate::core::intake::Intake;
 use crate::core::link::{Command, Event, Question, VERSION};
 use crate::core::position::{History, Position};
@@ -114,7 +115,7 @@ struct Database {
     /// When a client was last not answered, as the log has it.
     complained_at: Option<Instant>,
     schedules: Schedules,
-    jobs: runner::Dispatcher,
+    jobs: Dispatcher,
 }
 
 /// The worker's main function; the argument is the database's OID.
@@ -151,6 +152,7 @@ pub extern "C-unwind" fn imbus_database_main(argument: pg_sys::Datum) {
             launch::exit()
         }
     };
+    slot.forget_odoo();
     slot.set_state(DatabaseState::Running);
     shared.rescan.store(true, Ordering::Release);
     shared.gateway.wake();
@@ -247,7 +249,7 @@ impl Database {
             complaint: String::new(),
             complained_at: None,
             schedules: Schedules::default(),
-            jobs: runner::Dispatcher::new(shared, oid),
+            jobs: Dispatcher::new(shared, oid),
         }
     }
 
@@ -267,7 +269,8 @@ impl Database {
             }
             self.schedules.mind(self.slot.jobs.load(Ordering::Acquire));
             if self.slot.jobs.swap(false, Ordering::AcqRel) || self.jobs.due() {
-                self.jobs.dispatch();
+                let calls = self.jobs.dispatch(self.resumed);
+                calls.iter().for_each(|call| self.send(call));
             }
             self.sleep();
         }
@@ -329,8 +332,9 @@ impl Database {
     }
 
     /// Ends when the database is held for DROP, RENAME or a copy, or when the extension is gone.
-    fn leave_if_unwanted(&self) {
+    fn leave_if_unwanted(&mut self) {
         if self.shared.is_held(self.oid) {
+            self.jobs.lost_line();
             launch::exit();
         }
         if !self.slot.recheck.swap(false, Ordering::AcqRel) {
@@ -392,6 +396,7 @@ impl Database {
             Command::More { request } => self.go_on(request),
             Command::Forget { request } => drop(self.replays.remove(&request)),
             Command::Query { query, question } => self.questions.push_back((query, question)),
+            Command::Called { call, outcome } => self.jobs.called(call, &outcome),
             Command::Connections(_) | Command::Disconnected(_) => {}
         }
     }
@@ -426,5 +431,6 @@ impl Database {
         self.resumed = false;
         self.replays.clear();
         self.questions.clear();
+        self.jobs.lost_line();
     }
 }

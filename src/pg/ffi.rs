@@ -37,6 +37,8 @@ unsafe extern "C-unwind" {
     pub fn Async_Notify(channel: *const c_char, payload: *const c_char);
     pub fn ProcessNotifyInterrupt(flush: bool);
     pub fn DiscardCommand(statement: *mut pg_sys::DiscardStmt, is_top_level: bool);
+    pub fn PortalHashTableDeleteAll();
+    pub fn ResetSequenceCaches();
     pub fn die(signal: c_int);
     pub fn enable_timeout_every(id: c_int, end: pg_sys::TimestampTz, delay_ms: c_int);
     pub fn disable_timeout(id: c_int, keep_indicator: bool);

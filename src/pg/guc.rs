@@ -36,6 +36,8 @@ static RATE_LIMIT_DELAY: GucSetting<i32> = GucSetting::<i32>::new(200);
 static KEEPALIVE: GucSetting<i32> = GucSetting::<i32>::new(3600);
 static PING_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(45);
 static JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
+/// Odoo's documentation advises six workers for some thirty users; jobs leave most of them to people.
+static ODOO_JOBS: GucSetting<i32> = GucSetting::<i32>::new(2);
 static QUEUES: Text = Text::new(Some(c""));
 static JOB_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(3 * 24 * 3600);
 
@@ -78,7 +80,7 @@ fn define_integers(preloaded: bool) {
         (c"imbus.port", c"TCP port of the gateway; 0 takes any free one.", &PORT, 0, 65_535, Postmaster, none),
         (c"imbus.io_threads", c"Network threads of the gateway.", &IO_THREADS, 1, 64, Postmaster, none),
     ];
-    let reloadable: [Integer; 12] = [
+    let reloadable: [Integer; 13] = [
         (
             c"imbus.notify_payload_max_length",
             c"A NOTIFY payload stays shorter than this.",
@@ -122,6 +124,7 @@ fn define_integers(preloaded: bool) {
             Sighup,
             none,
         ),
+        (c"imbus.odoo_jobs", c"Jobs that Odoo works on at the same time.", &ODOO_JOBS, 0, 64, Sighup, none),
         (c"imbus.job_retention", c"Age at which finished jobs are deleted.", &JOB_RETENTION, 60, 3650 * day, Sighup, s),
     ];
     let fixed = fixed.into_iter().filter(|_| preloaded);
@@ -307,6 +310,11 @@ pub fn job_retention() -> i64 {
 /// How many runners may work at once in the cluster (`imbus.job_workers`).
 pub fn job_workers() -> usize {
     positive(&JOB_WORKERS) as usize
+}
+
+/// How many jobs Odoo may work on at once in the cluster (`imbus.odoo_jobs`).
+pub fn odoo_jobs() -> u32 {
+    positive(&ODOO_JOBS) as u32
 }
 
 /// The limits of queues (`imbus.queues`).

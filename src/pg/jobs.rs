@@ -8,9 +8,11 @@ mod enqueue;
 mod outside;
 mod overview;
 
-pub use claims::{claim, lock, next_start, processing, waiting};
+pub use claims::{
+    Locked, Mark, Room, Work, count_due, lanes, lock, lock_first, lock_limits, processing, release, take,
+};
 pub use control::{cancel, complete, retry, status};
-pub use endings::{Failed, cancelled, fail, runner_died, succeed};
+pub use endings::{Failed, cancelled, fail, give_back_others, given_up, runner_died, succeed, succeed_all};
 pub use enqueue::{Model, New, enqueue};
 pub use outside::{claim_outside, fail_outside, finish_outside, progress};
 pub use overview::{prune, summary};
@@ -97,26 +99,37 @@ const CHANGED: &str = "j.id, j.name::text, j.state::text, j.payload, j.notify::t
 
 /// Makes a change and tells of it. Returns how many jobs changed.
 fn change_and_tell(text: &str, args: &[DatumWithOid<'_>]) -> Outcome<usize> {
-    let text = format!("{text} RETURNING {CHANGED}");
+    Ok(rows_changed(text, "NULL", args, |_, _| Ok(()))?.len())
+}
+
+/// Makes a change and tells of it. Returns what `map` makes of each changed job: its id is column 1, what `more` names
+/// begins at the column that it is handed.
+fn rows_changed<T>(
+    text: &str,
+    more: &str,
+    args: &[DatumWithOid<'_>],
+    mut map: impl FnMut(&sql::Row, usize) -> Outcome<T>,
+) -> Outcome<Vec<T>> {
+    let text = format!("{text} RETURNING {CHANGED}, {more}");
+    let mut told = Vec::new();
     let changed = on_table(&text, args, |row| {
-        let (name, payload) = (row.get::<Text>(2)?, row.get::<JsonbText>(4)?);
-        let body = change(
-            row.need(1)?,
-            name.as_ref().map(|text| text.0.as_str()),
-            &row.text(3)?,
-            payload.as_ref().map(|json| json.0.as_str()),
-        );
-        Ok((row.get::<Text>(5)?.map(|text| text.0), body))
+        if let Some(channel) = row.get::<Text>(5)? {
+            let (name, payload) = (row.get::<Text>(2)?, row.get::<JsonbText>(4)?);
+            let name = name.as_ref().map(|text| text.0.as_str());
+            let payload = payload.as_ref().map(|json| json.0.as_str());
+            told.push((channel.0, change(row.need(1)?, name, &row.text(3)?, payload)));
+        }
+        map(row, 6)
     })?;
-    for (channel, body) in &changed {
-        tell(channel.as_deref(), body)?;
+    for (channel, body) in &told {
+        tell(channel, body)?;
     }
-    Ok(changed.len())
+    Ok(changed)
 }
 
 /// Tells of a change on the job's channel.
-fn tell(channel: Option<&str>, body: &str) -> Outcome<()> {
-    if let Some(channel) = channel.map(stored_channel).transpose()?.flatten() {
+fn tell(channel: &str, body: &str) -> Outcome<()> {
+    if let Some(channel) = stored_channel(channel)? {
         bus::publish(&channel, NOTIFICATION, body)?;
     }
     Ok(())
@@ -137,7 +150,8 @@ pub struct Claimed {
     pub token: Token,
 }
 
-fn new_token() -> Outcome<Token> {
+/// A new one.
+pub fn new_token() -> Outcome<Token> {
     let mut bytes = [0u8; 16];
     // SAFETY: fills exactly 16 bytes.
     let random = unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) };

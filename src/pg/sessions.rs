@@ -35,6 +35,6 @@ pub fn mine() -> Outcome<i64> {
 unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
     if let (Some(shared), Some(number)) = (shared::get(), MINE.get()) {
         shared.leave_session(number);
-        shared.wake_jobs(worker::database_oid());
+        shared.wake_for_orphans(worker::database_oid());
     }
 }

@@ -90,6 +90,11 @@ pub struct DatabaseSlot {
     pub look: AtomicBool,
     /// A job was enqueued or has ended.
     pub jobs: AtomicBool,
+    /// A session or a runner has ended that had claimed jobs.
+    pub orphans: AtomicBool,
+    /// Jobs of this database that Odoo works on, and whether others wait for it.
+    odoo_jobs: AtomicU32,
+    odoo_wanted: AtomicBool,
     /// The extension may be gone.
     pub recheck: AtomicBool,
     /// When it was registered, in microseconds since 2000.
@@ -134,6 +139,12 @@ impl DatabaseSlot {
         self.committed.swap(0, Ordering::Relaxed)
     }
 
+    /// Its worker knows of no jobs that Odoo works on.
+    pub fn forget_odoo(&self) {
+        self.odoo_jobs.store(0, Ordering::Release);
+        self.odoo_wanted.store(false, Ordering::Release);
+    }
+
     /// Gives the slot back.
     pub fn free(&self) {
         self.process.leave();
@@ -141,6 +152,7 @@ impl DatabaseSlot {
             counter.store(0, Ordering::Relaxed);
         }
         self.position.store(0, Ordering::Relaxed);
+        self.forget_odoo();
         self.set_state(DatabaseState::Free);
         self.oid.store(0, Ordering::Release);
     }
@@ -223,6 +235,14 @@ impl RunnerSlot {
         let bytes: Vec<u8> =
             self.message.iter().map(|b| b.load(Ordering::Relaxed)).take_while(|byte| *byte != 0).collect();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Goes on to another job that it has claimed by the same token. A wish to stop the one before is over; one for this job
+    /// stays.
+    pub fn begin(&self, id: i64) {
+        if self.job.swap(id, Ordering::AcqRel) != id {
+            self.cancel.store(0, Ordering::Release);
+        }
     }
 
     /// Enters the job it works on; `token` is 32 hexadecimal digits.
@@ -442,11 +462,64 @@ impl Shared {
         }
     }
 
+    /// Wakes a runner of a database that waits for a job: the worker's answer would take longer. Never fails.
+    pub fn wake_idle_runner(&self, oid: u32) {
+        let is_idle = |slot: &RunnerSlot| {
+            slot.database.load(Ordering::Acquire) == oid
+                && slot.state() == RunnerState::Running
+                && slot.job.load(Ordering::Acquire) == 0
+        };
+        if let Some(slot) = self.runners.iter().find(|slot| is_idle(slot)) {
+            slot.process.wake();
+        }
+    }
+
     /// Wakes the worker of a database: there may be jobs to run. Never fails.
     pub fn wake_jobs(&self, oid: u32) {
         if let Some(slot) = self.database(oid) {
             slot.jobs.store(true, Ordering::Release);
             slot.process.wake();
+        }
+    }
+
+    /// The same, where jobs of a session or a runner may be there that is gone.
+    pub fn wake_for_orphans(&self, oid: u32) {
+        if let Some(slot) = self.database(oid) {
+            slot.orphans.store(true, Ordering::Release);
+        }
+        self.wake_jobs(oid);
+    }
+
+    /// Whether jobs of a database wait for Odoo.
+    pub fn want_odoo(&self, oid: u32, wanted: bool) {
+        if let Some(slot) = self.database(oid) {
+            slot.odoo_wanted.store(wanted, Ordering::Release);
+        }
+    }
+
+    /// Takes a place with Odoo for a job of a database, while fewer than `limit` are taken in all. Where others wait, none
+    /// takes more than its share.
+    pub fn enter_odoo(&self, oid: u32, limit: u32) -> bool {
+        let Some(slot) = self.database(oid) else { return false };
+        let wanting = self.databases().filter(|slot| slot.odoo_wanted.load(Ordering::Acquire)).count().max(1);
+        let share = (limit / u32::try_from(wanting).unwrap_or(1)).max(1);
+        let mine = slot.odoo_jobs.fetch_add(1, Ordering::AcqRel);
+        let all: u32 = self.databases().map(|slot| slot.odoo_jobs.load(Ordering::Acquire)).sum();
+        let has_place = all <= limit && mine < share;
+        if !has_place {
+            slot.odoo_jobs.fetch_sub(1, Ordering::AcqRel);
+        }
+        has_place
+    }
+
+    /// Gives such a place back, and tells the databases whose jobs wait for one.
+    pub fn leave_odoo(&self, oid: u32) {
+        if let Some(slot) = self.database(oid) {
+            let less = |jobs: u32| jobs.checked_sub(1);
+            let _ = slot.odoo_jobs.fetch_update(Ordering::AcqRel, Ordering::Acquire, less);
+        }
+        for slot in self.databases().filter(|slot| slot.oid() != oid && slot.odoo_wanted.load(Ordering::Acquire)) {
+            self.wake_jobs(slot.oid());
         }
     }
 

@@ -77,6 +77,15 @@ fn run_at<T>(isolation: u32, work: impl FnOnce() -> Outcome<T>) -> Result<T, Fai
     .execute()
 }
 
+impl From<CaughtError> for Failure {
+    fn from(error: CaughtError) -> Failure {
+        match error {
+            CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report.into(),
+            CaughtError::RustPanic { ereport, .. } => ereport.into(),
+        }
+    }
+}
+
 fn abort(error: CaughtError) -> Failure {
     // SAFETY: after a caught ERROR the transaction is aborted at once, as PostgreSQL's own main loop does.
     unsafe {
@@ -84,10 +93,7 @@ fn abort(error: CaughtError) -> Failure {
         pg_sys::AbortCurrentTransaction();
         pg_sys::InterruptHoldoffCount -= 1;
     }
-    match error {
-        CaughtError::PostgresError(report) | CaughtError::ErrorReport(report) => report.into(),
-        CaughtError::RustPanic { ereport, .. } => ereport.into(),
-    }
+    error.into()
 }
 
 /// Runs `work` in a savepoint that is rolled back when it has succeeded: its locks go, what it did to sequences stays.
@@ -104,6 +110,47 @@ pub fn in_passing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
         pg_sys::CurrentResourceOwner = owner;
         Ok(result)
     }
+}
+
+/// Runs `work` in a savepoint, which is kept if it succeeds: its effects are the transaction's, its locks and its settings
+/// go. Otherwise all it did is undone, and the transaction goes on. FATAL ends the process as always.
+pub fn in_savepoint<T>(work: impl FnOnce() -> Outcome<T>) -> Result<T, Failure> {
+    // SAFETY: inside a transaction; as PL/pgSQL does for its EXCEPTION blocks (pl_exec.c). The nest level of settings is
+    // outside of the savepoint's own, so that what `work` has set for its session goes too.
+    unsafe {
+        let (context, owner) = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
+        let nest = pg_sys::NewGUCNestLevel();
+        let undo = |error| {
+            pg_sys::InterruptHoldoffCount += 1;
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+            pg_sys::InterruptHoldoffCount -= 1;
+            Failure::from(error)
+        };
+        let result = PgTryBuilder::new(AssertUnwindSafe(|| {
+            pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            pg_sys::MemoryContextSwitchTo(context);
+            let value = work().unwrap_or_report();
+            pg_sys::ReleaseCurrentSubTransaction();
+            Ok(value)
+        }))
+        .catch_others(|error| Err(undo(error)))
+        .catch_rust_panic(|error| Err(undo(error)))
+        .execute();
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+        pg_sys::AtEOXact_GUC(false, nest);
+        result
+    }
+}
+
+/// Runs `work` and takes back what it has set, also for its session.
+pub fn without_settings<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: as in `safely`.
+    let nest = unsafe { pg_sys::NewGUCNestLevel() };
+    let result = work();
+    // SAFETY: pairs with NewGUCNestLevel.
+    unsafe { pg_sys::AtEOXact_GUC(false, nest) };
+    result
 }
 
 /// Runs `work` as another role, under SECURITY_RESTRICTED_OPERATION and with search_path `pg_catalog`, as autovacuum
@@ -136,6 +183,28 @@ pub fn safely<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     // SAFETY: pairs with NewGUCNestLevel.
     unsafe { pg_sys::AtEOXact_GUC(false, nest) };
     result
+}
+
+/// Runs statements of imbus's own whose plans are made once and kept: along the index that was made for them, however
+/// small the table is at that time and whatever is known of it.
+pub fn along_indexes<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: as in `safely`.
+    let nest = unsafe { pg_sys::NewGUCNestLevel() };
+    for method in [c"enable_seqscan", c"enable_bitmapscan", c"enable_sort", c"jit"] {
+        set(method, c"off", pg_sys::GucAction::GUC_ACTION_SAVE);
+    }
+    let result = work();
+    // SAFETY: pairs with NewGUCNestLevel.
+    unsafe { pg_sys::AtEOXact_GUC(false, nest) };
+    result
+}
+
+/// Runs statements that wait for nobody's lock longer than 100 ms. Errors: 55P03.
+pub fn with_lock_timeout<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    without_settings(|| {
+        set(c"lock_timeout", c"100ms", pg_sys::GucAction::GUC_ACTION_SAVE);
+        work()
+    })
 }
 
 /// Sets a setting of PostgreSQL's for the rest of the transaction.

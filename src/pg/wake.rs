@@ -8,14 +8,20 @@ use std::cell::Cell;
 
 thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
+    static ENDED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
     static OWNER: Cell<u32> = const { Cell::new(0) };
 }
 
-/// The running transaction has enqueued or changed a job of this database.
+/// The running transaction has enqueued or brought back a job of this database, or asks its worker to look.
 pub fn enqueued() {
     ENQUEUED.set(true);
+}
+
+/// The running transaction has ended jobs of this database: others may have waited for that.
+pub fn ended() {
+    ENDED.set(true);
 }
 
 /// The running transaction has created or dropped an extension or a database.
@@ -70,9 +76,12 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             // SAFETY: a plain global.
             let database = u32::from(unsafe { pg_sys::MyDatabaseId });
             let published = ring::committed(database);
-            let (enqueued, extension) = (ENQUEUED.take(), EXTENSION.take());
-            if published || enqueued || extension {
-                tell(database, published, enqueued, extension);
+            let (enqueued, ended, extension) = (ENQUEUED.take(), ENDED.take(), EXTENSION.take());
+            if enqueued && let Some(shared) = shared::get() {
+                shared.wake_idle_runner(database);
+            }
+            if published || enqueued || ended || extension {
+                tell(database, published, enqueued || ended, extension);
             }
             recheck(OWNER.take());
         }
@@ -83,6 +92,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             }
             ring::forget();
             ENQUEUED.set(false);
+            ENDED.set(false);
             EXTENSION.set(false);
             OWNER.set(0);
         }

@@ -4,6 +4,7 @@ use super::Reactor;
 use crate::net::bridge::{LogLevel, Note, ToMain};
 use crate::net::counters::{Counters, Rejection};
 use crate::net::links::LinkEvent;
+use crate::net::odoo::Said;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 
@@ -50,6 +51,9 @@ impl Reactor {
                 if let Some(peer) = self.peers.get(reactor) {
                     peer.tell(Note::Answered { query, answer });
                 }
+            }
+            LinkEvent::Call { link, database, call, id, token } => {
+                self.at_desk(Said::Job { link, database, call, id, token });
             }
             LinkEvent::Disconnect { link, id, database, reason } => self.end_connection(link, id, database, reason),
             LinkEvent::Inspect { link, database } => {

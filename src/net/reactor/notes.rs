@@ -52,6 +52,11 @@ impl Reactor {
                 }
             }
             Note::Odoo(said) => self.at_desk(said),
+            Note::JobCalled { link, call, outcome } => {
+                if let Some(front) = &mut self.front {
+                    front.links.say(link, &link::Command::Called { call, outcome });
+                }
+            }
             Note::OdooSaid { query, outcome } => self.odoo_said(query, *outcome),
             Note::Part { ids, close } => self.part(&ids, &close),
             Note::WantSurvey => self.survey(),

@@ -1,36 +1,84 @@
-//! From `created` to `processing`: which jobs can run, and who has them.
+//! From `created` to `processing`: which jobs can run, and who has them. Jobs wait in lanes, one for each queue, kind, role
+//! and priority, in the order of their times; the index of waiting jobs begins with these, so that a look at the heads of
+//! all lanes, and a claim from one of them, cost the same however many jobs wait in them or beside them.
 
-use super::{Claimed, change_and_tell, new_token, on_table};
+use super::{Claimed, Token, on_table, rows_changed};
+use crate::core::job::{self, Lane};
+use crate::core::queues::Limits;
 use crate::pg::datum::{JsonbText, Text};
-use crate::pg::report::Outcome;
-use crate::pg::transaction::safely;
-use crate::pg::{guc, sql};
+use crate::pg::report::{Outcome, internal};
+use crate::pg::transaction::{along_indexes, safely, with_lock_timeout};
+use crate::pg::{guc, sql, worker};
+use pgrx::datum::TimestampWithTimeZone;
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
-/// What makes a waiting job runnable now; $1 are the queues that are full. Jobs of Odoo (with a model) are no business of
-/// SQL runners.
-const RUNNABLE: &str =
-    "c.state = 'created' AND c.res_model IS NULL AND c.queue <> ALL ($1) AND c.run_at <= pg_catalog.clock_timestamp()
-    AND NOT EXISTS (SELECT FROM pg_catalog.unnest(c.depends_on) d (id) JOIN TABLE p ON p.id = d.id
-                     WHERE p.state NOT IN ('succeeded', 'done'))";
+/// Blocked jobs looked at in one go, for those whose dependencies have ended.
+const BLOCKED: i64 = 1_000;
 
-/// The queues of which as many jobs are processed as may be, by whomever.
-fn full() -> Outcome<Vec<String>> {
-    let limits = guc::queues();
+/// The heads of all lanes, jumped to along the index; $1 is a queue, or NULL for all. Times in seconds from now.
+const LANES: &str = "
+    WITH RECURSIVE lane AS (
+      (SELECT c.queue, (c.res_model IS NOT NULL) AS odoo, c.role, c.priority, c.run_at FROM TABLE c
+        WHERE c.state = 'created' AND c.ready
+          AND (c.queue, (c.res_model IS NOT NULL), c.role, c.priority) >= (COALESCE($1, ''), false, '0'::oid, -2147483648)
+        ORDER BY c.queue, (c.res_model IS NOT NULL), c.role, c.priority, c.run_at LIMIT 1)
+      UNION ALL
+      SELECT n.* FROM lane l CROSS JOIN LATERAL (
+        SELECT c.queue, (c.res_model IS NOT NULL) AS odoo, c.role, c.priority, c.run_at FROM TABLE c
+         WHERE c.state = 'created' AND c.ready
+           AND (c.queue, (c.res_model IS NOT NULL), c.role, c.priority) > (l.queue, l.odoo, l.role, l.priority)
+         ORDER BY c.queue, (c.res_model IS NOT NULL), c.role, c.priority, c.run_at LIMIT 1) n
+       WHERE $1 IS NULL OR l.queue = $1)
+    SELECT queue::text, odoo, role, priority,
+           EXTRACT(epoch FROM LEAST(run_at, '2200-01-01') - pg_catalog.clock_timestamp())::float8
+      FROM lane WHERE $1 IS NULL OR queue = $1";
+
+/// All lanes in which jobs wait (of one queue, or of all), those that come first at the front.
+pub fn lanes(queue: Option<&str>) -> Outcome<Vec<Lane>> {
+    let read = |row: &sql::Row| {
+        Ok(Lane {
+            queue: row.text(1)?,
+            is_odoo: row.need(2)?,
+            role: u32::from(row.need::<pg_sys::Oid>(3)?),
+            priority: row.need(4)?,
+            due_in: row.need(5)?,
+        })
+    };
+    let queue = queue.map(|queue| Text(queue.to_owned()));
+    let mut lanes = along_indexes(|| on_table(LANES, &[queue.into()], read))?;
+    job::sort(&mut lanes);
+    Ok(lanes)
+}
+
+/// How many jobs of limited queues are processed, by whomever.
+pub fn taken(limits: &Limits) -> Outcome<HashMap<String, usize>> {
     if limits.is_empty() {
-        return Ok(Vec::new());
+        return Ok(HashMap::new());
     }
     let text = "SELECT c.queue::text, pg_catalog.count(*) FROM TABLE c
                  WHERE c.state = 'processing' AND c.queue = ANY($1) GROUP BY c.queue";
-    let processing = on_table(text, &[limits.queues().into()], |row| Ok((row.text(1)?, row.need::<i64>(2)?)))?;
-    let processing: HashMap<String, i64> = processing.into_iter().collect();
-    let taken = |queue: &String| processing.get(queue).map_or(0, |count| usize::try_from(*count).unwrap_or(0));
-    Ok(limits
-        .queues()
-        .into_iter()
-        .filter(|queue| limits.of(queue).is_some_and(|limit| taken(queue) >= limit))
-        .collect())
+    let count = |row: &sql::Row| Ok((row.text(1)?, usize::try_from(row.need::<i64>(2)?).unwrap_or(0)));
+    Ok(on_table(text, &[limits.queues().into()], count)?.into_iter().collect())
+}
+
+/// How many more jobs of each queue may be processed.
+pub struct Room {
+    limits: Limits,
+    taken: HashMap<String, usize>,
+}
+
+impl Room {
+    /// As things are.
+    pub fn now() -> Outcome<Room> {
+        let limits = guc::queues();
+        Ok(Room { taken: taken(&limits)?, limits })
+    }
+
+    /// Of this queue; None for as many as you like.
+    pub fn of(&self, queue: &str) -> Option<usize> {
+        Some(self.limits.of(queue)?.saturating_sub(self.taken.get(queue).copied().unwrap_or(0)))
+    }
 }
 
 /// Counting and claiming are one where queues have limits. False when another transaction is at it.
@@ -49,46 +97,64 @@ pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
     Ok(i64::try_from(limit).unwrap_or(i64::MAX).saturating_sub(taken.unwrap_or(0)).clamp(0, wanted))
 }
 
-/// The roles that have runnable jobs, with how many (of the first few hundred), in the order of their first ones.
-pub fn waiting() -> Outcome<Vec<(u32, i64)>> {
-    let text = format!(
-        "SELECT r.role, count(*) FROM (
-           SELECT c.role, row_number() OVER (ORDER BY c.priority, c.run_at, c.id) AS place
-             FROM TABLE c WHERE {RUNNABLE} ORDER BY c.priority, c.run_at, c.id LIMIT 256) r
-          GROUP BY r.role ORDER BY min(r.place)"
-    );
-    on_table(&text, &[full()?.into()], |row| Ok((u32::from(row.need::<pg_sys::Oid>(1)?), row.need(2)?)))
+/// Where the last claim from a lane ended, so that the next one need not pass what lies before it: entries of jobs that
+/// are done, which stay in the index as long as the oldest transaction anywhere.
+#[derive(Clone, Debug)]
+pub struct Mark {
+    run_at: TimestampWithTimeZone,
+    id: i64,
 }
 
-/// Seconds until the next job is to start that waits for its time; None when there is none.
-pub fn next_start() -> Outcome<Option<f64>> {
-    let text = "SELECT EXTRACT(epoch FROM min(run_at) - pg_catalog.clock_timestamp())::float8 FROM TABLE
-                 WHERE state = 'created' AND run_at > pg_catalog.clock_timestamp() AND run_at < 'infinity'";
-    Ok(on_table(text, &[], |row| row.get::<f64>(1))?.into_iter().flatten().next())
+/// A waiting job that this transaction has locked.
+pub struct Locked {
+    pub id: i64,
+    /// How often a runner has died in it.
+    pub deaths: i32,
 }
 
-/// Claims the first runnable job of a role: `processing`, one attempt more, a new token.
-pub fn claim(role: u32) -> Outcome<Option<Claimed>> {
-    if !lock_limits()? {
-        return Ok(None);
-    }
-    let token = new_token()?;
-    let text = format!(
-        "SELECT c.id FROM TABLE c WHERE c.role = $2 AND {RUNNABLE}
-          ORDER BY c.priority, c.run_at, c.id LIMIT 1 FOR UPDATE OF c SKIP LOCKED"
-    );
-    let args = [full()?.into(), pg_sys::Oid::from(role).into()];
-    let found = on_table(&text, &args, |row| row.need::<i64>(1))?;
-    let Some(id) = found.into_iter().next() else { return Ok(None) };
-    let text = "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2,
-                       claimed_at = pg_catalog.clock_timestamp(),
-                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC' WHERE id = $1";
-    change_and_tell(text, &[id.into(), Text(token.clone()).into()])?;
-    Ok(Some(Claimed { id, token }))
+/// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction. With them
+/// comes where the next claim may go on.
+pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
+    let text = "SELECT c.id, c.run_at, c.deaths FROM TABLE c
+                 WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND (c.res_model IS NOT NULL) = $2 AND c.role = $3
+                   AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
+                 ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
+    let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
+    let args = [
+        Text(lane.queue.clone()).into(),
+        lane.is_odoo.into(),
+        pg_sys::Oid::from(lane.role).into(),
+        lane.priority.into(),
+        now.into(),
+        after.map_or_else(TimestampWithTimeZone::negative_infinity, |mark| mark.run_at).into(),
+        after.map_or(0, |mark| mark.id).into(),
+        most.into(),
+    ];
+    let read = |row: &sql::Row| {
+        let (id, deaths) = (row.need(1)?, row.need(3)?);
+        Ok((Locked { id, deaths }, row.get::<TimestampWithTimeZone>(2)?.map(|run_at| Mark { run_at, id })))
+    };
+    let found = along_indexes(|| on_table(text, &args, read))?;
+    let last = found.last().and_then(|(_, mark)| mark.clone());
+    Ok((found.into_iter().map(|(locked, _)| locked).collect(), last))
+}
+
+/// How many jobs of a lane are due, counted up to `most`.
+pub fn count_due(lane: &Lane, most: i64) -> Outcome<i64> {
+    let text = "SELECT pg_catalog.count(*) FROM (SELECT FROM TABLE c
+                 WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND (c.res_model IS NOT NULL) = $2 AND c.role = $3
+                   AND c.priority = $4 AND c.run_at <= $5 LIMIT $6) s";
+    let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
+    let (queue, role) = (Text(lane.queue.clone()), pg_sys::Oid::from(lane.role));
+    let args = [queue.into(), lane.is_odoo.into(), role.into(), lane.priority.into(), now.into(), most.into()];
+    let counted = along_indexes(|| on_table(text, &args, |row| row.need(1)))?;
+    Ok(counted.into_iter().next().unwrap_or(0))
 }
 
 /// What a runner needs of its job.
+#[derive(Clone, Debug)]
 pub struct Work {
+    pub id: i64,
     pub target: String,
     pub args: String,
     pub kwargs: String,
@@ -97,21 +163,65 @@ pub struct Work {
     pub timeout: Option<i64>,
 }
 
-/// Locks a claimed job for the transaction that runs it; None when the token has been given up.
-pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
-    let text = "SELECT method::text, args, kwargs, search_path,
-                       pg_catalog.ceil(EXTRACT(epoch FROM LEAST(timeout, '1 year')) * 1000)::bigint FROM TABLE
-                 WHERE id = $1 AND token = $2 AND state = 'processing' FOR UPDATE";
-    let found = on_table(text, &[claimed.id.into(), Text(claimed.token.clone()).into()], |row| {
-        Ok(Work {
-            target: row.text(1)?,
-            args: row.get::<JsonbText>(2)?.map(|json| json.0).unwrap_or_default(),
-            kwargs: row.get::<JsonbText>(3)?.map(|json| json.0).unwrap_or_default(),
-            search_path: row.text(4)?,
-            timeout: row.get(5)?,
-        })
+const WORK: &str = "method::text, args, kwargs, search_path,
+                    CASE WHEN timeout IS NOT NULL
+                         THEN pg_catalog.ceil(EXTRACT(epoch FROM LEAST(timeout, '1 year')) * 1000)::bigint END";
+
+fn work(row: &sql::Row, first: usize) -> Outcome<Work> {
+    Ok(Work {
+        id: 0,
+        target: row.text(first)?,
+        args: row.get::<JsonbText>(first + 1)?.map(|json| json.0).unwrap_or_default(),
+        kwargs: row.get::<JsonbText>(first + 2)?.map(|json| json.0).unwrap_or_default(),
+        search_path: row.text(first + 3)?,
+        timeout: row.get(first + 4)?,
+    })
+}
+
+/// Claims jobs that this transaction has locked, under one token: `processing`, one attempt more. They come in the order
+/// in which they were locked.
+pub fn take(ids: &[i64], token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
+    let text = format!(
+        "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
+                claimed_at = pg_catalog.clock_timestamp(), write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+          WHERE id = ANY($1)"
+    );
+    let args = [ids.to_vec().into(), Text(token.clone()).into(), worker.map(|name| Text(name.to_owned())).into()];
+    let mut works = along_indexes(|| {
+        rows_changed(&text, WORK, &args, |row, first| Ok(Work { id: row.need(1)?, ..work(row, first)? }))
     })?;
+    let places: HashMap<i64, usize> = ids.iter().enumerate().map(|(place, id)| (*id, place)).collect();
+    works.sort_unstable_by_key(|work| places.get(&work.id).copied());
+    Ok(works)
+}
+
+/// Locks a claimed job for the transaction that runs it; None when the token has been given up. Waits a little for who has
+/// locked it: others who look for jobs lock for a moment also what has just been claimed. Errors: 55P03.
+pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
+    let text = format!("SELECT {WORK} FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing' FOR UPDATE");
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let found = with_lock_timeout(|| on_table(&text, &args, |row| Ok(Work { id: claimed.id, ..work(row, 1)? })))?;
     Ok(found.into_iter().next())
+}
+
+/// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. Looks at some, those with
+/// ids above `after`; returns where to go on, None when it has seen the last.
+pub fn release(after: i64) -> Outcome<Option<i64>> {
+    let text = "SELECT b.id, NOT EXISTS (SELECT FROM pg_catalog.unnest(b.depends_on) d (id) JOIN TABLE p ON p.id = d.id
+                                          WHERE p.state NOT IN ('succeeded', 'done'))
+                  FROM (SELECT c.id, c.depends_on FROM TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
+                         ORDER BY c.id LIMIT $2) b ORDER BY b.id";
+    let seen = along_indexes(|| {
+        on_table(text, &[after.into(), BLOCKED.into()], |row| Ok((row.need::<i64>(1)?, row.need::<bool>(2)?)))
+    })?;
+    let free: Vec<i64> = seen.iter().filter(|(_, is_free)| *is_free).map(|(id, _)| *id).collect();
+    if !free.is_empty() {
+        let text = "UPDATE TABLE SET ready = true WHERE id IN (SELECT c.id FROM TABLE c WHERE c.id = ANY($1)
+                       AND c.state = 'created' AND NOT c.ready FOR UPDATE SKIP LOCKED) RETURNING id";
+        on_table(text, &[free.into()], |_| Ok(()))?;
+    }
+    let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
+    Ok(seen.last().map(|(id, _)| *id).filter(|_| !is_last))
 }
 
 /// A job that is `processing`, for a worker that asks who still works on it.
@@ -119,21 +229,29 @@ pub struct Processing {
     pub claimed: Claimed,
     /// The session that claimed it (`pg::sessions`), where a runner outside did.
     pub session: Option<i64>,
+    /// It was claimed before this worker began.
+    pub is_old: bool,
+    /// It is Odoo's to run.
+    pub is_odoo: bool,
     /// It has a timeout, and was claimed, or told of its progress, longer ago than that.
     pub is_overdue: bool,
 }
 
-/// The jobs that are `processing` here.
-pub fn processing() -> Outcome<Vec<Processing>> {
+/// The jobs that are `processing` here. `began`: when this worker did, in microseconds since 2000.
+pub fn processing(began: i64) -> Outcome<Vec<Processing>> {
+    let began = TimestampWithTimeZone::try_from(began).map_err(internal)?;
     let text = "SELECT j.id, j.token::text, j.session,
-                       COALESCE(GREATEST(j.claimed_at, p.at) + LEAST(j.timeout, '1 year')
-                                < pg_catalog.clock_timestamp(), false)
+                       j.timeout IS NOT NULL AND GREATEST(j.claimed_at, p.at) + LEAST(j.timeout, '1 year')
+                                                 < pg_catalog.clock_timestamp(),
+                       j.res_model IS NOT NULL, j.claimed_at < $1
                   FROM TABLE j LEFT JOIN PROGRESS p ON p.job_id = j.id WHERE j.state = 'processing'";
-    on_table(text, &[], |row| {
+    on_table(text, &[began.into()], |row| {
         Ok(Processing {
             claimed: Claimed { id: row.need(1)?, token: row.text(2)? },
             session: row.get(3)?,
             is_overdue: row.need(4)?,
+            is_odoo: row.need(5)?,
+            is_old: row.need(6)?,
         })
     })
 }

@@ -1,10 +1,10 @@
 //! How an attempt ends: with a result, with a failure, with its runner.
 
-use super::{Claimed, change_and_tell, on_table};
+use super::{Claimed, Token, change_and_tell, on_table};
 use crate::core::job::{self, State};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::transaction::Failure;
+use crate::pg::transaction::{Failure, along_indexes};
 use crate::pg::wake;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
@@ -21,8 +21,37 @@ pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
     if change_and_tell(text, &args)? == 0 {
         return Err(given_up(claimed.id));
     }
-    wake::enqueued();
+    wake::ended();
     Ok(())
+}
+
+/// Ends jobs with their results, in the transaction that did the work. False when one of them was not the runner's any
+/// more, so that the transaction must not be committed.
+pub fn succeed_all(token: &Token, results: &[(i64, Option<String>)]) -> Outcome<bool> {
+    let text = "UPDATE TABLE j SET state = CASE WHEN d.payload IS NULL THEN 'done' ELSE 'succeeded' END,
+                       payload = d.payload::jsonb, token = NULL, session = NULL, traceback = NULL,
+                       finished_at = pg_catalog.clock_timestamp(),
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                  FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::text[])) d (id, payload)
+                 WHERE j.id = d.id AND j.token = $3 AND j.state = 'processing'";
+    let ids: Vec<i64> = results.iter().map(|(id, _)| *id).collect();
+    let payload = |result: &Option<String>| result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#));
+    let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result)).collect();
+    let args = [ids.into(), payloads.into(), Text(token.clone()).into()];
+    let changed = along_indexes(|| change_and_tell(text, &args))?;
+    wake::ended();
+    Ok(changed == results.len())
+}
+
+/// Gives back what was claimed under a token, but for one job: none of these was begun, or what was done of them is undone.
+pub fn give_back_others(token: &Token, but: i64) -> Outcome<usize> {
+    let text = "UPDATE TABLE j SET state = 'created', attempts = attempts - 1, token = NULL, session = NULL,
+                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                 WHERE id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
+                                FOR UPDATE SKIP LOCKED)";
+    let given_back = along_indexes(|| change_and_tell(text, &[Text(token.clone()).into(), but.into()]))?;
+    wake::ended();
+    Ok(given_back)
 }
 
 /// What a runner hears that answers for a job it has lost: whatever it did in the same transaction is undone.
@@ -117,7 +146,7 @@ fn end_attempt(
         delayed.into(),
     ];
     change_and_tell(text, &args)?;
-    wake::enqueued();
+    wake::ended();
     Ok(())
 }
 

@@ -52,14 +52,15 @@ pub fn enqueue(new: New) -> Outcome<i64> {
     let text = "
         INSERT INTO TABLE AS j (name, method, args, kwargs, notify, queue, priority, run_at, max_attempts, retry_delay,
                                 identity_key, depends_on, user_id, context, role, search_path, timeout,
-                                res_model, res_ids, super_user)
+                                res_model, res_ids, super_user, ready)
         VALUES ($1, $2, $3, $4, $5, $6, $7, COALESCE($8, pg_catalog.now()), $9,
-                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
+                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
         ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING
         RETURNING j.id";
     let database = bus::table()?.database;
     let stored = new.notify.as_ref().map(|channel| Text(channel.stored(&database)));
-    let args: [DatumWithOid<'_>; 20] = [
+    let is_ready = new.depends_on.as_ref().is_none_or(Vec::is_empty);
+    let args: [DatumWithOid<'_>; 21] = [
         new.description.clone().map(Text).into(),
         Text(new.target).into(),
         JsonbText(new.args).into(),
@@ -80,6 +81,7 @@ pub fn enqueue(new: New) -> Outcome<i64> {
         new.model.name.map(Text).into(),
         new.model.res_ids.map(JsonbText).into(),
         new.model.su.into(),
+        is_ready.into(),
     ];
     for _ in 0..10 {
         // For this statement alone: the notification may run triggers of a user's, who may insert jobs too.
@@ -138,6 +140,9 @@ fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
     // SAFETY: a plain global of the session, and a catalog look-up.
     let (role, superuser) = unsafe { (pg_sys::GetUserId(), pg_sys::superuser()) };
     tuple.set_by_name("role", role).map_err(internal)?;
+    let depends_on: Option<pgrx::Array<'_, i64>> = tuple.get_by_name("depends_on").map_err(internal)?;
+    let is_ready = depends_on.is_none_or(|ids| ids.is_empty());
+    tuple.set_by_name("ready", is_ready).map_err(internal)?;
     let state: Option<String> = tuple.get_by_name("state").map_err(internal)?;
     if superuser && matches!(state.as_deref(), Some("created" | "processing")) {
         let message = "inserted by a superuser: whose job it was is not known";

@@ -1,9 +1,10 @@
 //! Runners outside: they claim through SQL, and answer with the fencing token of their claim. A claim ends with the
 //! session that made it (`pg::sessions`), or with the job's timeout, which each word of progress restarts.
 
-use super::claims::room;
+use super::claims::{lanes, lock_first, room};
 use super::endings::{Failed, fail, given_up, succeed};
 use super::{Claimed, NOTIFICATION, Token, change_and_tell, new_token, on_table, stored_channel};
+use crate::core::job::Lane;
 use crate::core::json;
 use crate::pg::bus;
 use crate::pg::datum::{JsonbText, Text};
@@ -30,24 +31,24 @@ pub struct Assignment {
 
 /// Claims the first jobs of a queue that can run now and whose role the caller is, or is a member of.
 pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: i64) -> Outcome<Vec<Assignment>> {
-    let roles = roles_waiting(queue)?;
+    let lanes = lanes_of(queue)?;
     let room = room(queue, max_jobs.into())?;
-    let text = "SELECT c.id FROM TABLE c WHERE c.state = 'created' AND c.queue = $1 AND c.role = ANY($2)
-                   AND c.run_at <= pg_catalog.clock_timestamp()
-                   AND NOT EXISTS (SELECT FROM pg_catalog.unnest(c.depends_on) d (id) JOIN TABLE p ON p.id = d.id
-                                    WHERE p.state NOT IN ('succeeded', 'done'))
-                 ORDER BY c.priority, c.run_at, c.id LIMIT $3 FOR UPDATE OF c SKIP LOCKED";
-    let args = [Text(queue.to_owned()).into(), roles.into(), room.into()];
-    let ids = on_table(text, &args, |row| row.need::<i64>(1))?;
+    let mut ids = Vec::new();
+    for lane in lanes.iter().filter(|lane| lane.is_due()) {
+        let wanted = room - i64::try_from(ids.len()).unwrap_or(room);
+        if wanted > 0 {
+            ids.extend(lock_first(lane, wanted, None)?.0.into_iter().map(|locked| locked.id));
+        }
+    }
     ids.into_iter().map(|id| assign(id, worker, session)).collect()
 }
 
-/// The roles with waiting jobs in the queue that the caller has the rights of.
-fn roles_waiting(queue: &str) -> Outcome<Vec<pg_sys::Oid>> {
-    let text = "SELECT DISTINCT c.role FROM TABLE c WHERE c.state = 'created' AND c.queue = $1";
-    let roles = on_table(text, &[Text(queue.to_owned()).into()], |row| row.need::<pg_sys::Oid>(1))?;
+/// The lanes of the queue whose jobs the caller has the rights to.
+fn lanes_of(queue: &str) -> Outcome<Vec<Lane>> {
+    let mut lanes = lanes(Some(queue))?;
     // SAFETY: catalog look-ups inside a transaction.
-    Ok(roles.into_iter().filter(|role| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), *role) }).collect())
+    lanes.retain(|lane| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(lane.role)) });
+    Ok(lanes)
 }
 
 /// Claims a job that this transaction has locked.

@@ -1,0 +1,382 @@
+//! The dispatcher in the database worker: finds runners for the jobs that can run, has Odoo run its own (`odoo_jobs`), and
+//! notices at once when a runner is gone.
+
+use super::jobs::{self, Claimed, Failed, Room};
+use super::launch::{self, Handle, Launch};
+use super::odoo_jobs::OdooJobs;
+use super::shared::{RunnerSlot, RunnerState, Shared};
+use super::transaction::{self, Failure};
+use super::{guc, worker};
+use crate::core::job::{self, Lane};
+use crate::core::link::{Called, Event};
+use pgrx::prelude::*;
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// The look-out for jobs nobody announced (prepared transactions, restored rows).
+const LOOKOUT: Duration = Duration::from_secs(5);
+/// How soon a dispatcher that found no place tries again.
+const NO_PLACE: Duration = Duration::from_millis(200);
+/// A runner registered this long ago that has not come up is counted as lost (microseconds).
+const STARTING_MAX: i64 = 10_000_000;
+/// Starts runners for waiting jobs and cleans up after them; part of the database worker.
+pub struct Dispatcher {
+    shared: &'static Shared,
+    database: u32,
+    handles: HashMap<usize, Handle>,
+    odoo: OdooJobs,
+    /// When this worker began, in microseconds since 2000.
+    began: i64,
+    next: Instant,
+    /// When to look for orphans even if nobody says that there are some.
+    next_rescue: Instant,
+    /// Where to go on looking for blocked jobs that can run.
+    blocked: Option<i64>,
+    /// A look at the lanes is not taken before: each leaves others many times what it took.
+    next_look: Instant,
+}
+
+/// What a look at the lanes leaves to others, in times of what it took: it passes entries of jobs that are done, which
+/// stay as long as the oldest transaction anywhere.
+const SPARING: u32 = 4;
+
+impl Dispatcher {
+    /// A dispatcher for the database this worker is connected to.
+    pub fn new(shared: &'static Shared, database: u32) -> Dispatcher {
+        let now = Instant::now();
+        Dispatcher {
+            shared,
+            database,
+            handles: HashMap::new(),
+            odoo: OdooJobs::new(shared, database),
+            began: worker::now(),
+            next: now,
+            next_rescue: now,
+            blocked: None,
+            next_look: now,
+        }
+    }
+
+    /// When to look again even if nobody wakes it.
+    pub fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Whether that time has come.
+    pub fn due(&self) -> bool {
+        Instant::now() >= self.next
+    }
+
+    /// Cleans up after runners that have ended, then finds runners for the jobs that can run. Returns the calls to be made
+    /// of Odoo; none unless there `is_line` to it.
+    pub fn dispatch(&mut self, is_line: bool) -> Vec<Event> {
+        self.next = Instant::now() + LOOKOUT;
+        if self.reap() {
+            // A runner has left for the sake of another database: that one takes the place first.
+            self.next = Instant::now() + NO_PLACE;
+            return Vec::new();
+        }
+        let orphans =
+            self.shared.database(self.database).is_some_and(|slot| slot.orphans.swap(false, Ordering::AcqRel));
+        if orphans || Instant::now() >= self.next_rescue {
+            self.next_rescue = Instant::now() + LOOKOUT;
+            self.rescue();
+        }
+        if self.mine().filter(|(_, slot)| slot.cancel_again()).count() > 0 {
+            self.look_by(Instant::now() + NO_PLACE);
+        }
+        if Instant::now() < self.next_look {
+            self.look_by(self.next_look);
+            return Vec::new();
+        }
+        let began = Instant::now();
+        let waiting = match transaction::run(|| self.release().and_then(|()| waiting())) {
+            Ok(waiting) => waiting,
+            Err(failure) => {
+                pgrx::warning!("imbus could not look for jobs: {failure}");
+                return Vec::new();
+            }
+        };
+        self.next_look = Instant::now() + began.elapsed() * SPARING;
+        for (place, (role, count)) in waiting.roles.iter().enumerate() {
+            let before: Vec<u32> = waiting.roles.iter().take(place).map(|(role, _)| *role).collect();
+            self.serve_role(*role, *count, &before);
+        }
+        if waiting.is_limited {
+            // Whoever counts and claims keeps others from it.
+            self.look_by(Instant::now() + NO_PLACE);
+        }
+        if let Some(seconds) = waiting.next_start {
+            self.look_by(Instant::now() + Duration::from_secs_f64(seconds.clamp(0.001, 3600.0)));
+        }
+        if !is_line {
+            return Vec::new();
+        }
+        let (calls, again) = self.odoo.serve(&waiting.odoo);
+        again.into_iter().for_each(|at| self.look_by(at));
+        calls
+    }
+
+    /// A call of Odoo has ended.
+    pub fn called(&mut self, call: u64, outcome: &Called) {
+        self.odoo.called(call, outcome);
+        self.next = Instant::now();
+    }
+
+    /// The line to Odoo is cut: what it works on is given back.
+    pub fn lost_line(&mut self) {
+        self.odoo.give_back_all();
+    }
+
+    fn look_by(&mut self, at: Instant) {
+        self.next = self.next.min(at);
+    }
+
+    /// Lets blocked jobs wait in their lanes whose dependencies have ended.
+    fn release(&mut self) -> super::report::Outcome<()> {
+        self.blocked = jobs::release(self.blocked.unwrap_or(0))?;
+        if self.blocked.is_some() {
+            self.look_by(Instant::now() + NO_PLACE);
+        }
+        Ok(())
+    }
+
+    fn mine(&self) -> impl Iterator<Item = (usize, &'static RunnerSlot)> {
+        let database = self.database;
+        self.shared.runners().filter(move |(_, slot)| {
+            slot.database.load(Ordering::Acquire) == database && slot.state() != RunnerState::Free
+        })
+    }
+
+    /// Wakes idle runners of the role, and starts more while jobs are left and places are free. `before` are the roles
+    /// whose jobs come first.
+    fn serve_role(&mut self, role: u32, count: i64, before: &[u32]) {
+        let mut left = count;
+        for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
+            let idle = slot.state() == RunnerState::Running && slot.job().is_none();
+            if idle || slot.state() == RunnerState::Reserved {
+                slot.process.wake();
+                left -= 1;
+            }
+        }
+        while left > 0 {
+            let Some((index, slot)) = self.shared.reserve_runner(guc::job_workers()) else {
+                self.ask_to_leave(role, before);
+                self.next = self.next.min(Instant::now() + NO_PLACE);
+                return;
+            };
+            if !self.launch(index, slot, role) {
+                return;
+            }
+            left -= 1;
+        }
+    }
+
+    /// Has a runner of another role or database leave after its job, an idle one if there is one: no role keeps its
+    /// places while jobs that come before its own wait, and databases take turns.
+    fn ask_to_leave(&self, role: u32, before: &[u32]) {
+        let others = || {
+            self.shared.runners().map(|(_, slot)| slot).filter(|slot| {
+                let (theirs, here) = (slot.role.load(Ordering::Acquire), self.is_mine(slot));
+                slot.state() == RunnerState::Running && !(here && (theirs == role || before.contains(&theirs)))
+            })
+        };
+        if others().any(|slot| slot.leave.load(Ordering::Acquire) == self.database) {
+            return;
+        }
+        let chosen = others().find(|slot| slot.job().is_none()).or_else(|| others().next());
+        if let Some(slot) = chosen {
+            slot.leave.store(self.database, Ordering::Release);
+            slot.process.wake();
+        }
+    }
+
+    fn is_mine(&self, slot: &RunnerSlot) -> bool {
+        slot.database.load(Ordering::Acquire) == self.database
+    }
+
+    /// Claims a job, which counts the attempt, and launches a runner with it. False when there was nothing to do or no
+    /// worker to be had.
+    fn launch(&mut self, index: usize, slot: &'static RunnerSlot, role: u32) -> bool {
+        let claimed = match transaction::run(|| claim_one(role)) {
+            Ok(Some(claimed)) => claimed,
+            Ok(None) => {
+                slot.set_state(RunnerState::Free);
+                return false;
+            }
+            Err(failure) => {
+                slot.set_state(RunnerState::Free);
+                pgrx::warning!("imbus could not claim a job: {failure}");
+                return false;
+            }
+        };
+        slot.database.store(self.database, Ordering::Release);
+        slot.role.store(role, Ordering::Release);
+        slot.set_job(claimed.id, &claimed.token);
+        let name = transaction::run(|| Ok(super::bus::table()?.database)).unwrap_or_default();
+        let launch =
+            Launch { name: &format!("imbus job {name}"), function: "imbus_runner_main", argument: index as u64 };
+        match launch::start(&launch) {
+            Ok(Some(handle)) => {
+                self.handles.insert(index, handle);
+                true
+            }
+            _ => {
+                warn_no_slot(&name);
+                slot.clear_job();
+                slot.set_state(RunnerState::Free);
+                give_back(&claimed, false);
+                self.next = self.next.min(Instant::now() + Duration::from_secs(1));
+                false
+            }
+        }
+    }
+
+    /// Frees the places of runners that have ended and settles the jobs that ended with them. Whether a place was given
+    /// up for another database.
+    fn reap(&mut self) -> bool {
+        let mut given_up = false;
+        for (index, slot) in self.mine().collect::<Vec<_>>() {
+            // Launched by an earlier life of this worker and never come up.
+            let lost = slot.state() == RunnerState::Reserved
+                && slot.process.pid() == 0
+                && worker::now().saturating_sub(slot.since.load(Ordering::Relaxed)) > STARTING_MAX;
+            let gone = slot.state() == RunnerState::Exited
+                || lost
+                || self.handles.get(&index).is_some_and(|handle| handle.is_stopped());
+            if !gone {
+                continue;
+            }
+            self.handles.remove(&index);
+            if let Some((id, token)) = slot.job() {
+                let claimed = Claimed { id, token };
+                settle(&claimed, &slot.message(), !slot.held.load(Ordering::Acquire));
+                give_back_others(&claimed);
+            }
+            let wanted_by = slot.leave.load(Ordering::Acquire);
+            slot.free();
+            if wanted_by != 0 && wanted_by != self.database {
+                self.shared.wake_jobs(wanted_by);
+                given_up = true;
+            }
+        }
+        given_up
+    }
+
+    /// Gives back jobs that are `processing` without a runner: theirs died with the server, or they were restored from
+    /// a dump. A runner enters its job in its slot before its claim commits, so none at work is taken for an orphan.
+    fn rescue(&self) {
+        let orphans = match transaction::run(|| jobs::processing(self.began)) {
+            Ok(orphans) => orphans,
+            Err(failure) => return pgrx::warning!("imbus could not look for abandoned jobs: {failure}"),
+        };
+        let alive: Vec<String> = self.mine().filter_map(|(_, slot)| slot.job()).map(|(_, token)| token).collect();
+        for orphan in orphans.iter().filter(|orphan| !alive.contains(&orphan.claimed.token)) {
+            if orphan.is_odoo && self.odoo.has(&orphan.claimed) {
+                if orphan.is_overdue {
+                    self.odoo.time_out(&orphan.claimed);
+                }
+                continue;
+            }
+            let is_outside = orphan.session.is_some_and(|session| self.shared.has_session(session));
+            if !is_outside || orphan.is_overdue {
+                // A runner that ends is settled at once; others are left by accident. A server that went down with a job may
+                // have done so because of it.
+                give_back(&orphan.claimed, orphan.is_old || orphan.session.is_some());
+            }
+        }
+    }
+}
+
+/// What waits: roles with jobs for functions, in the order of their first ones, with how many runners they could do with;
+/// lanes of jobs for Odoo.
+struct Waiting {
+    roles: Vec<(u32, i64)>,
+    odoo: Vec<Lane>,
+    next_start: Option<f64>,
+    is_limited: bool,
+}
+
+/// Looks at the lanes.
+fn waiting() -> super::report::Outcome<Waiting> {
+    let lanes = jobs::lanes(None)?;
+    let room = Room::now()?;
+    let next_start = job::next_start(&lanes);
+    let is_open = |lane: &Lane| lane.is_due() && room.of(&lane.queue) != Some(0);
+    let is_limited = !lanes.is_empty() && !guc::queues().is_empty();
+    let (odoo, functions): (Vec<Lane>, Vec<Lane>) = lanes.into_iter().filter(is_open).partition(|lane| lane.is_odoo);
+    let most = i64::try_from(guc::job_workers()).unwrap_or(1);
+    let mut roles: Vec<(u32, i64)> = Vec::new();
+    for lane in &functions {
+        let open = room.of(&lane.queue).and_then(|room| i64::try_from(room).ok()).unwrap_or(most).min(most);
+        let count = jobs::count_due(lane, open)?;
+        match roles.iter_mut().find(|(role, _)| *role == lane.role) {
+            Some((_, jobs)) => *jobs += count,
+            None => roles.push((lane.role, count)),
+        }
+    }
+    Ok(Waiting { roles, odoo, next_start, is_limited })
+}
+
+/// Claims the first job for a function of a role.
+fn claim_one(role: u32) -> super::report::Outcome<Option<Claimed>> {
+    if !jobs::lock_limits()? {
+        return Ok(None);
+    }
+    let room = Room::now()?;
+    for lane in jobs::lanes(None)?.iter().filter(|lane| lane.is_due() && !lane.is_odoo && lane.role == role) {
+        if room.of(&lane.queue) == Some(0) {
+            continue;
+        }
+        if let Some(locked) = jobs::lock_first(lane, 1, None)?.0.first() {
+            let token = jobs::new_token()?;
+            jobs::take(&[locked.id], &token, None)?;
+            return Ok(Some(Claimed { id: locked.id, token }));
+        }
+    }
+    Ok(None)
+}
+
+/// What a runner that has ended had claimed besides the job it was at.
+fn give_back_others(claimed: &Claimed) {
+    if let Err(failure) = transaction::run(|| jobs::give_back_others(&claimed.token, claimed.id)) {
+        pgrx::warning!("imbus could not give back jobs: {failure}");
+    }
+}
+
+/// A job whose runner ended: it could not connect (PostgreSQL's message), or it died.
+fn settle(claimed: &Claimed, message: &str, counts: bool) {
+    if message.is_empty() {
+        return give_back(claimed, counts);
+    }
+    let failure = Failure {
+        code: "runner_failed".to_owned(),
+        message: message.to_owned(),
+        detail: None,
+        hint: Some("The job runs in a session of the role that enqueued it.".to_owned()),
+    };
+    if let Err(failure) = transaction::run(|| jobs::fail(claimed, &Failed::from(&failure))) {
+        pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);
+    }
+}
+
+/// Gives a job back whose runner is gone; `counts` where that may be the job's fault.
+pub fn give_back(claimed: &Claimed, counts: bool) {
+    if let Err(failure) = transaction::run(|| jobs::runner_died(claimed, counts)) {
+        pgrx::warning!("imbus could not give back job {}: {failure}", claimed.id);
+    }
+}
+
+fn warn_no_slot(database: &str) {
+    thread_local! { static WARNED: Cell<bool> = const { Cell::new(false) } }
+    if !WARNED.replace(true) {
+        pgrx::ereport!(
+            PgLogLevel::WARNING,
+            PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+            format!("no background worker is free for the jobs of database \"{database}\""),
+            "Increase max_worker_processes (8 + databases + imbus.job_workers) and restart PostgreSQL."
+        );
+    }
+}

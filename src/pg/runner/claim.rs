@@ -1,0 +1,117 @@
+//! Which jobs a runner takes next: the first ones of the first lane of its role, as many as its pace says.
+
+use crate::core::job::Lane;
+use crate::core::pace::Pace;
+use crate::pg::jobs::{self, Locked, Mark, Room, Token, Work};
+use crate::pg::report::Outcome;
+use crate::pg::shared::RunnerSlot;
+use crate::pg::transaction;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// What a look at all lanes leaves to work, in times of what it took.
+const SPARING: u32 = 20;
+
+/// How long a runner goes on whose place others wait for: less than this was hardly worth its start.
+const TERM: Duration = Duration::from_millis(50);
+
+/// Claimed jobs, in their order.
+pub struct Batch {
+    pub token: Token,
+    pub works: Vec<Work>,
+}
+
+/// The claims of one runner.
+pub struct Claims {
+    slot: &'static RunnerSlot,
+    role: u32,
+    pub pace: Pace,
+    /// Where the last claim ended. It goes on there without a look at the other lanes while that would cost too much.
+    ended: Option<(Lane, Mark)>,
+    next_look: Instant,
+    began: Instant,
+}
+
+impl Claims {
+    /// None made yet.
+    pub fn new(slot: &'static RunnerSlot, role: u32) -> Claims {
+        Claims { slot, role, pace: Pace::default(), ended: None, next_look: Instant::now(), began: Instant::now() }
+    }
+
+    /// Claims the next jobs. None when there are none that can run, or when the runner is to leave.
+    pub fn next(&mut self) -> Option<Batch> {
+        if self.slot.leave.load(Ordering::Acquire) != 0 && self.began.elapsed() >= TERM {
+            return None;
+        }
+        match transaction::run(|| self.claim()) {
+            Ok(batch) => batch,
+            Err(failure) => {
+                self.slot.clear_job();
+                pgrx::warning!("imbus could not claim a job: {failure}");
+                None
+            }
+        }
+    }
+
+    fn claim(&mut self) -> Outcome<Option<Batch>> {
+        if !jobs::lock_limits()? {
+            return Ok(None);
+        }
+        let locked = match self.go_on()? {
+            locked if !locked.is_empty() => locked,
+            _ => self.look()?,
+        };
+        let ids = alike(&locked);
+        let Some(first) = ids.first() else { return Ok(None) };
+        let token = jobs::new_token()?;
+        // Before the commit, so that no job that a runner has is taken for an orphan.
+        self.slot.set_job(*first, &token);
+        let works = jobs::take(&ids, &token, None)?;
+        Ok(Some(Batch { token, works }))
+    }
+
+    /// Goes on in the same lane.
+    fn go_on(&mut self) -> Outcome<Vec<Locked>> {
+        if Instant::now() >= self.next_look {
+            return Ok(Vec::new());
+        }
+        let Some((lane, mark)) = self.ended.take() else { return Ok(Vec::new()) };
+        let (locked, mark) = jobs::lock_first(&lane, self.size(), Some(&mark))?;
+        self.ended = mark.map(|mark| (lane, mark));
+        Ok(locked)
+    }
+
+    /// Looks at all lanes, and locks the first jobs of the first one that has some.
+    fn look(&mut self) -> Outcome<Vec<Locked>> {
+        let began = Instant::now();
+        self.ended = None;
+        let room = Room::now()?;
+        let lanes = jobs::lanes(None)?;
+        for lane in lanes.into_iter().filter(|lane| lane.is_due() && !lane.is_odoo && lane.role == self.role) {
+            let room = room.of(&lane.queue);
+            if room == Some(0) {
+                continue;
+            }
+            // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
+            let size = if room.is_some() { 1 } else { self.size() };
+            let (locked, mark) = jobs::lock_first(&lane, size, None)?;
+            if !locked.is_empty() {
+                self.ended = mark.filter(|_| room.is_none()).map(|mark| (lane, mark));
+                self.next_look = Instant::now() + began.elapsed() * SPARING;
+                return Ok(locked);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    fn size(&self) -> i64 {
+        i64::try_from(self.pace.size()).unwrap_or(1)
+    }
+}
+
+/// The jobs that may be claimed together: one in which a runner has died is run alone, so that no other dies with it again.
+fn alike(locked: &[Locked]) -> Vec<i64> {
+    let alone = locked.first().is_some_and(|first| first.deaths > 0);
+    let together = locked.iter().take_while(|job| job.deaths == 0).map(|job| job.id);
+    if alone { locked.iter().take(1).map(|job| job.id).collect() } else { together.collect() }
+}
