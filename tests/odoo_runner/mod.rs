@@ -1,0 +1,213 @@
+//! The part of an Odoo with the add-on that runs jobs, played by the tests: it takes the calls of imbus and settles jobs
+//! through SQL, or does all that can go wrong.
+
+use postgres::Client;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// How long anything may take that is to happen.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What it does with the jobs of a method.
+#[derive(Clone, Copy)]
+pub enum Does {
+    /// Ends them, with the method's name as the result.
+    Finish,
+    /// The same, when [`OdooRunner::let_go`] is called.
+    Wait,
+    /// Answers with this status, and does nothing.
+    Answer(u16),
+    HangUp,
+}
+
+/// A call as it came.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub head: String,
+    pub body: Value,
+    method: String,
+}
+
+#[derive(Default)]
+struct State {
+    calls: Vec<Call>,
+    does: HashMap<String, Does>,
+    databases: HashMap<String, Arc<Mutex<Client>>>,
+    connections: Vec<TcpStream>,
+    is_down: bool,
+    has_let_go: bool,
+    under_way: usize,
+    most: usize,
+    refused: usize,
+}
+
+#[derive(Clone)]
+pub struct OdooRunner {
+    pub port: u16,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+impl OdooRunner {
+    pub fn start() -> OdooRunner {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let odoo = OdooRunner { port: listener.local_addr().unwrap().port(), state: Arc::default() };
+        odoo.listen(listener);
+        odoo
+    }
+
+    /// It may settle jobs of the database that this client is connected to.
+    pub fn connect(&self, mut client: Client) {
+        let name: String = client.query_one("SELECT current_database()::text", &[]).unwrap().get(0);
+        self.with(|state| state.databases.insert(name, Arc::new(Mutex::new(client))));
+    }
+
+    pub fn does(&self, method: &str, what: Does) {
+        self.with(|state| state.does.insert(method.to_owned(), what));
+    }
+
+    pub fn let_go(&self) {
+        self.with(|state| state.has_let_go = true);
+    }
+
+    pub fn hold(&self) {
+        self.with(|state| state.has_let_go = false);
+    }
+
+    pub fn calls(&self) -> Vec<Call> {
+        self.with(|state| state.calls.clone())
+    }
+
+    pub fn count(&self, method: &str) -> usize {
+        self.with(|state| state.calls.iter().filter(|call| call.method == method).count())
+    }
+
+    /// How many jobs it was refused to settle, since they were not its own any more.
+    pub fn refused(&self) -> usize {
+        self.with(|state| state.refused)
+    }
+
+    /// The most that were under way at the same time.
+    pub fn most(&self) -> usize {
+        self.with(|state| state.most)
+    }
+
+    pub fn wait(&self, what: &str, is_so: impl Fn(&[Call]) -> bool) {
+        self.until(what, |state| is_so(&state.calls));
+    }
+
+    /// Goes down with all its connections.
+    pub fn stop(&self) {
+        self.with(|state| state.is_down = true);
+        // The listener looks at that when somebody comes.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+        let end = Instant::now() + PATIENCE;
+        while TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+            assert!(Instant::now() < end, "the listener does not go");
+            std::thread::yield_now();
+        }
+        self.with(|state| state.connections.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both))));
+    }
+
+    /// Comes back on the same port.
+    pub fn come_back(&self) {
+        self.with(|state| state.is_down = false);
+        self.listen(TcpListener::bind(("127.0.0.1", self.port)).unwrap());
+    }
+
+    fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
+        let result = look(&mut self.state.0.lock().unwrap());
+        self.state.1.notify_all();
+        result
+    }
+
+    fn until(&self, what: &str, is_so: impl Fn(&State) -> bool) {
+        let end = Instant::now() + PATIENCE;
+        let mut state = self.state.0.lock().unwrap();
+        while !is_so(&state) {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "in vain: {what}: {:?}", state.calls);
+            state = self.state.1.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    fn listen(&self, listener: TcpListener) {
+        let odoo = self.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                if odoo.with(|state| state.is_down) {
+                    return;
+                }
+                odoo.with(|state| state.connections.push(stream.try_clone().unwrap()));
+                let odoo = odoo.clone();
+                std::thread::spawn(move || {
+                    let ends = stream.try_clone().unwrap();
+                    odoo.serve(stream);
+                    // Another hold on it is kept, so that it ends only when told.
+                    let _ = ends.shutdown(Shutdown::Both);
+                });
+            }
+        });
+    }
+
+    /// One call on one connection, as Odoo's workers do.
+    fn serve(&self, mut stream: TcpStream) {
+        let Some((head, body)) = read(&stream) else { return };
+        let (database, id) = (body["db"].as_str().unwrap().to_owned(), body["id"].as_i64().unwrap());
+        let token = body["token"].as_str().unwrap().to_owned();
+        let client = self.with(|state| state.databases.get(&database).cloned());
+        let method: String = client.as_ref().map_or_else(String::new, |client| {
+            let row = client.lock().unwrap().query_one("SELECT method::text FROM ir_async WHERE id = $1", &[&id]);
+            row.map_or_else(|_| String::new(), |row| row.get(0))
+        });
+        let does = self.with(|state| {
+            state.calls.push(Call { head, body, method: method.clone() });
+            state.under_way += 1;
+            state.most = state.most.max(state.under_way);
+            state.does.get(&method).copied().unwrap_or(Does::Finish)
+        });
+        if let Does::Wait = does {
+            self.until("let go", |state| state.has_let_go);
+        }
+        let status = match does {
+            Does::HangUp => None,
+            Does::Answer(status) => Some(status),
+            Does::Finish | Does::Wait => {
+                let finish = "SELECT ir_async_finish($1, $2, to_jsonb($3::text))";
+                let client = client.expect("a database that it knows");
+                let settled = client.lock().unwrap().execute(finish, &[&id, &token, &method]);
+                Some(if settled.is_ok() { 200 } else { 409 })
+            }
+        };
+        self.with(|state| {
+            state.under_way -= 1;
+            state.refused += usize::from(status == Some(409));
+        });
+        if let Some(status) = status {
+            let _ = write!(stream, "HTTP/1.1 {status} Status\r\nContent-Length: 2\r\n\r\n{{}}");
+        }
+    }
+}
+
+fn read(stream: &TcpStream) -> Option<(String, Value)> {
+    let mut reader = BufReader::new(stream);
+    let (mut head, mut length) = (String::new(), 0);
+    while !head.ends_with("\r\n\r\n") {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return None;
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().unwrap();
+        }
+        head.push_str(&line);
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    Some((head, serde_json::from_slice(&body).ok()?))
+}
