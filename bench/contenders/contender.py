@@ -178,11 +178,10 @@ class Plain(Contender):
     def start(self, jobs, task):
         if not jobs:
             # Looks each millisecond while there is nothing.
-            script = f"""WITH j AS ({self.claim} RETURNING payload), s AS (INSERT INTO started
-                         SELECT (payload->>'n')::bigint, clock_timestamp() FROM j) SELECT count(*) AS found FROM j \\gset
-                         \\if :found = 0\n\\sleep 1 ms\n\\endif\n"""
-            self.bench = self.server.pgbench(self.database, script.replace("\n                         ", " ").replace(" \\if :found = 0", "\n\\set none :found = 0\n\\if :none"),
-                                             self.clients, "-T", 86400)
+            script = f"""WITH j AS ({self.claim} RETURNING payload), s AS (
+                INSERT INTO started SELECT (payload->>'n')::bigint, clock_timestamp() FROM j RETURNING 1)
+                SELECT count(*) AS found FROM s \\gset\n\\if :found = 0\n\\sleep 1 ms\n\\endif\n"""
+            self.bench = self.server.pgbench(self.database, script, self.clients, "-T", 86400)
             return
         self.last = self.one("SELECT min(id) FROM jobs WHERE state = 'created'") + jobs - 1
         self.bench = self.server.pgbench(self.database, self.claim + ";", self.clients, "-t", -(-jobs // self.clients))
@@ -217,7 +216,7 @@ class Plain(Contender):
 class Peer(Contender):
     """A queue whose client is a program of its own, spoken to in lines of JSON."""
     tasks = ("noop", "fail", "note")
-    tables = done = failed = left = pushed = ""
+    tables = left = ""
 
     def __init__(self, server, key, label, settings):
         super().__init__(server, key, label)
@@ -229,10 +228,6 @@ class Peer(Contender):
         threading.Thread(target=self.listen, daemon=True).start()
         self.ask("create")
         self.ask("ready")
-        self.link.execute(self.count_table)
-
-    # Peers that delete what is done are counted by a trigger's side only where asked; here by their own client.
-    count_table = "SELECT 1"
 
     def listen(self):
         for line in self.process.stdout:

@@ -31,7 +31,8 @@ class Server:
             file.write(script)
         command = [f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-n",
                    "-M", "prepared", "-c", str(clients), "-j", str(min(clients, 2)), "-f", path, *map(str, options), database]
-        return Bench(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), folder)
+        return Bench(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                      cwd=folder), folder)
 
 
 class Bench:
@@ -66,7 +67,7 @@ class Bench:
     def ends(self):
         """When each transaction had ended for its client: {(client, count from 1): seconds since the epoch}."""
         ends, counts = {}, {}
-        for name in glob(os.path.join(self.folder, "log.*")):
+        for name in glob(os.path.join(self.folder, "pgbench_log.*")):
             for line in open(name):
                 client, _, _, _, seconds, micro = line.split()[:6]
                 counts[client] = counts.get(client, 0) + 1
