@@ -251,10 +251,11 @@ class Peer(Contender):
 
     def reset(self):
         self.link.execute(f"TRUNCATE {self.tables} CASCADE")
-        self.filled = 0
+        self.filled = self.waiting = 0
 
     def fill(self, jobs, task="noop", text=None):
-        self.filled = getattr(self, "filled", 0) + jobs
+        self.filled += jobs
+        self.waiting += jobs
         self.ask("fill", jobs=jobs, chunk=CHUNK, task=task, text=text or "")
 
     def tidy(self):
@@ -267,8 +268,9 @@ class Peer(Contender):
         # The word that all are through may come before the answer to start.
         self.process.stdin.write(json.dumps({"do": "start", "task": task}) + "\n")
         self.hear("event")
-        if jobs == self.filled:
+        if jobs == self.waiting:
             self.until(f"SELECT NOT EXISTS ({self.left})")
+        self.waiting -= jobs
         return time.time() - began
 
     def start(self, jobs, task):

@@ -8,6 +8,8 @@ const { concurrency, batched } = settings;
 const worker = { concurrentJobs: concurrency, maxPoolSize: concurrency + 1, pollInterval: 2000, logger: silent };
 if (batched) Object.assign(worker, { localQueue: { size: 500 }, completeJobBatchDelay: 0, failJobBatchDelay: 0 });
 const pool = new pg.Pool({ connectionString: address, max: concurrency + 1 });
+pool.on("error", (error) => console.error(error));
+pool.on("connect", (client) => client.on("error", (error) => console.error(error)));
 const utils = await makeWorkerUtils({ pgPool: pool, logger: silent });
 const names = ["noop", "note", "fail"];
 const tasks = Object.fromEntries(names.map((name) => [name, (payload) => handle(name, payload)]));

@@ -77,6 +77,8 @@ class Enqueue:
                 entries.append((contender.label.split(",")[0], contender, contender.enqueue("noop").replace(":n::", "1::"), contender.queued))
         imbus = next((c for c in run.contenders if isinstance(c, Imbus)), None)
         if imbus:
+            later = imbus.enqueue("noop").replace("));", "), run_at => now() + interval '1 hour');")
+            entries.append(("imbus, due in an hour", imbus, later.replace(":n::", "1::"), imbus.queued))
             insert = self.plain_insert(imbus)
             for name, label in (("one_key", "INSERT, one key"), ("all_indexes", "INSERT, the job table's indexes")):
                 entries.append((label, imbus, insert % name, lambda name=name: imbus.one(f"SELECT count(*) FROM {name}")))
