@@ -34,6 +34,17 @@ impl State {
         }
     }
 
+    /// The state of this name.
+    pub fn parse(name: &str) -> Option<State> {
+        use State::{Cancelled, Created, Done, Failed, Processing, Succeeded};
+        [Created, Processing, Succeeded, Done, Failed, Cancelled].into_iter().find(|state| state.as_str() == name)
+    }
+
+    /// Whether something is still to come.
+    pub fn is_unfinished(self) -> bool {
+        matches!(self, State::Created | State::Processing)
+    }
+
     /// The state a job ends in: a result waits for its user, none leaves nothing to wait for.
     pub fn ended(has_result: bool) -> State {
         if has_result { State::Succeeded } else { State::Done }
@@ -307,6 +318,9 @@ mod tests {
         assert_eq!(after_death(5), State::Failed);
         assert_eq!(after_failure(1, 1), State::Failed);
         assert_eq!(after_failure(1, 3), State::Created);
+        assert_eq!(State::parse("failed"), Some(State::Failed));
+        assert_eq!(State::parse("Failed"), None);
+        assert!(State::Created.is_unfinished() && !State::Cancelled.is_unfinished());
         assert_eq!(State::ended(true), State::Succeeded);
         assert_eq!(State::ended(false), State::Done);
     }

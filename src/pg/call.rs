@@ -1,17 +1,18 @@
 //! From a target's name to the function it means, and from a stored job to its call. Runs as the caller or as the job's
 //! role, never as anybody more.
 
+use super::catalog::{Remembered, remembered};
 use super::datum::{JsonbText, Text};
 use super::report::{Outcome, report};
+use super::sql;
 use super::transaction::{safely, set_local};
-use super::{catalog, sql};
 use crate::core::error::shown;
 use crate::core::job::{self, Candidate, Mismatch, Parameter, Returns};
 use crate::core::json;
 use pgrx::prelude::*;
 use serde_json::value::RawValue;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::rc::Rc;
 
@@ -188,19 +189,15 @@ fn unknown(target: &str, arguments: &Arguments) -> pgrx::pg_sys::panic::ErrorRep
 
 /// The call of a function, as it is found for a signature and the shape of the arguments.
 struct Prepared {
-    generation: u64,
     statement: String,
     returns: Returns,
 }
-
-/// Calls remembered in a process, at most.
-const REMEMBERED: usize = 200;
 
 /// Signature, positional arguments, names of the others.
 type Shape = (String, usize, Vec<String>);
 
 thread_local! {
-    static PREPARED: RefCell<HashMap<Shape, Rc<Prepared>>> = RefCell::new(HashMap::new());
+    static PREPARED: RefCell<Remembered<Shape, Rc<Prepared>>> = RefCell::default();
 }
 
 /// Calls a stored signature as the current user with the given search_path: the result as JSON text, None for void or
@@ -221,26 +218,16 @@ pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome
 /// call.
 fn prepare(signature: &str, arguments: &Arguments) -> Outcome<Rc<Prepared>> {
     let shape = (signature.to_owned(), arguments.args.len(), arguments.names());
-    let generation = catalog::generation();
-    let known = PREPARED.with_borrow(|calls| calls.get(&shape).cloned());
-    if let Some(known) = known.filter(|known| known.generation == generation) {
-        return Ok(known);
-    }
-    let oid = safely(|| {
-        let text = "SELECT $1::pg_catalog.regprocedure::oid";
-        sql::first(text, &[Text(signature.to_owned()).into()], |row| row.get::<pg_sys::Oid>(1))
-    })?;
-    let found = find(BY_OID, &[oid.flatten().unwrap_or(pg_sys::InvalidOid).into()])?;
-    let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
-        return Err(unknown(signature, arguments));
-    };
-    let statement = job::call_statement(&candidate, shape.1, &shape.2);
-    let prepared = Rc::new(Prepared { generation, statement, returns: candidate.returns });
-    PREPARED.with_borrow_mut(|calls| {
-        if calls.len() >= REMEMBERED {
-            calls.clear();
-        }
-        calls.insert(shape, prepared.clone());
-    });
-    Ok(prepared)
+    remembered(&PREPARED, shape, |(signature, positional, names)| {
+        let oid = safely(|| {
+            let text = "SELECT $1::pg_catalog.regprocedure::oid";
+            sql::first(text, &[Text(signature.clone()).into()], |row| row.get::<pg_sys::Oid>(1))
+        })?;
+        let found = find(BY_OID, &[oid.flatten().unwrap_or(pg_sys::InvalidOid).into()])?;
+        let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
+            return Err(unknown(signature, arguments));
+        };
+        let statement = job::call_statement(&candidate, *positional, names);
+        Ok(Rc::new(Prepared { statement, returns: candidate.returns }))
+    })
 }

@@ -1,8 +1,12 @@
 //! Whether anything has changed in PostgreSQL's catalogs that what is remembered of functions, types, schemas and roles
 //! depends on. A counter, moved by the invalidations that every process hears of.
 
+use super::report::Outcome;
 use pgrx::prelude::*;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::thread::LocalKey;
 
 thread_local! {
     /// 0: not listening yet.
@@ -33,4 +37,46 @@ pub fn generation() -> u64 {
 
 unsafe extern "C-unwind" fn changed(_argument: pg_sys::Datum, _cache: i32, _hash: u32) {
     GENERATION.set(GENERATION.get() + 1);
+}
+
+/// Answers kept at once, at most; then all are forgotten.
+const KEPT: usize = 200;
+
+/// What was found out in the catalogs, by what was asked.
+pub struct Remembered<K, V> {
+    generation: u64,
+    answers: HashMap<K, V>,
+}
+
+impl<K, V> Default for Remembered<K, V> {
+    fn default() -> Remembered<K, V> {
+        Remembered { generation: 0, answers: HashMap::new() }
+    }
+}
+
+/// The answer to a question, which is found out only if it is not known, or if something has changed since.
+pub fn remembered<K: Eq + Hash, V: Clone>(
+    memory: &'static LocalKey<RefCell<Remembered<K, V>>>,
+    question: K,
+    find_out: impl FnOnce(&K) -> Outcome<V>,
+) -> Outcome<V> {
+    let generation = generation();
+    let known = memory.with_borrow_mut(|memory| {
+        if memory.generation != generation || memory.answers.len() >= KEPT {
+            memory.answers.clear();
+            memory.generation = generation;
+        }
+        memory.answers.get(&question).cloned()
+    });
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    let found = find_out(&question)?;
+    // Whatever has changed meanwhile: found out under an older state, it is forgotten with it.
+    memory.with_borrow_mut(|memory| {
+        if memory.generation == generation {
+            memory.answers.insert(question, found.clone());
+        }
+    });
+    Ok(found)
 }

@@ -155,7 +155,8 @@ impl Dispatcher {
     fn serve_role(&mut self, role: u32, count: i64, before: &[u32]) {
         let mut left = count;
         for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
-            let idle = slot.state() == RunnerState::Running && slot.job().is_none();
+            // One that is not waiting has been woken for another job, or is at work.
+            let idle = slot.state() == RunnerState::Running && slot.is_waiting.swap(false, Ordering::AcqRel);
             if idle || slot.state() == RunnerState::Reserved {
                 slot.process.wake();
                 left -= 1;

@@ -1,6 +1,7 @@
 //! The jobs in SQL: thin wrappers. Their SQL declarations, with the comments users read, stand in sql/imbus--*.sql.
 
 use super::call::{self, Arguments};
+use super::catalog::{Remembered, remembered};
 use super::datum::{JsonbText, Text};
 use super::functions::{channel, filled, given};
 use super::jobs::{Claimed, Failed, Model};
@@ -13,7 +14,7 @@ use crate::core::job;
 use crate::core::json;
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::prelude::*;
-use std::collections::HashMap;
+use std::cell::RefCell;
 
 /// The optional arguments that `ir_async_call` and `ir_async_call_notify` share.
 #[derive(Default)]
@@ -55,8 +56,16 @@ impl Options {
 pub(super) struct Call {
     role: pg_sys::Oid,
     search_path: String,
-    /// What targets mean for so many positional arguments and these names.
-    resolved: HashMap<(String, usize, Vec<String>), String>,
+}
+
+/// A target as it is asked for: its text, how many positional arguments, the names of the others, search_path, role.
+type Asked = (String, usize, Vec<String>, String, pg_sys::Oid);
+
+thread_local! {
+    /// What targets mean, while nothing changes in the catalogs.
+    static RESOLVED: RefCell<Remembered<Asked, String>> = RefCell::default();
+    /// The roles that can run jobs.
+    static ROLES: RefCell<Remembered<pg_sys::Oid, ()>> = RefCell::default();
 }
 
 impl Call {
@@ -65,7 +74,7 @@ impl Call {
         if shared::get().is_none() {
             return Err(not_preloaded("a job"));
         }
-        Ok(Call { role: enqueuing_role()?, search_path: search_path(), resolved: HashMap::new() })
+        Ok(Call { role: enqueuing_role()?, search_path: search_path() })
     }
 
     fn enqueue(&mut self, job: Job) -> Outcome<i64> {
@@ -90,15 +99,11 @@ impl Call {
         // What a runner outside is to do is its own business, and Odoo knows its methods.
         let is_function = model.name.is_none() && guc::queues().of(&queue) != Some(0);
         let names = arguments.kwargs.iter().map(|(name, _)| name.clone()).collect();
-        let key = (target, arguments.args.len(), names);
-        let signature = match self.resolved.get(&key) {
-            _ if !is_function => key.0,
-            Some(signature) => signature.clone(),
-            None => {
-                let signature = call::resolve(&key.0, &arguments)?;
-                self.resolved.insert(key, signature.clone());
-                signature
-            }
+        let signature = if is_function {
+            let asked = (target, arguments.args.len(), names, self.search_path.clone(), self.role);
+            remembered(&RESOLVED, asked, |asked| call::resolve(&asked.0, &arguments))?
+        } else {
+            target
         };
         Ok(jobs::New {
             target: signature,
@@ -214,6 +219,11 @@ fn search_path() -> String {
 fn enqueuing_role() -> Outcome<pg_sys::Oid> {
     // SAFETY: a plain global of the session.
     let role = unsafe { pg_sys::GetUserId() };
+    remembered(&ROLES, role, |role| check_role(*role))?;
+    Ok(role)
+}
+
+fn check_role(role: pg_sys::Oid) -> Outcome<()> {
     let text =
         "SELECT rolcanlogin AND pg_catalog.has_database_privilege(oid, pg_catalog.current_database(), 'CONNECT'),
                        rolname::text FROM pg_catalog.pg_roles WHERE oid = $1";
@@ -222,7 +232,7 @@ fn enqueuing_role() -> Outcome<pg_sys::Oid> {
     })?;
     let (can, name) = found.unwrap_or_default();
     if can {
-        return Ok(role);
+        return Ok(());
     }
     Err(report(
         PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,

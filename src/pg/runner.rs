@@ -125,15 +125,18 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
         let left = until.saturating_duration_since(Instant::now());
         let held = shared::get().is_some_and(|shared| shared.is_held(database));
         if left.is_zero() || held || slot.leave.load(Ordering::Acquire) != 0 {
+            slot.is_waiting.store(false, Ordering::Release);
             return None;
+        }
+        slot.is_waiting.store(true, Ordering::Release);
+        // What was enqueued before that woke somebody else, or nobody.
+        if let Some(batch) = claims.next() {
+            slot.is_waiting.store(false, Ordering::Release);
+            return Some(batch);
         }
         worker::report_activity(None);
         worker::idle(&Waiting { socket: None, writable: false, timeout: left });
         worker::reload();
-        let batch = claims.next();
-        if batch.is_some() {
-            return batch;
-        }
     }
 }
 

@@ -185,6 +185,8 @@ pub struct RunnerSlot {
     pub held: AtomicBool,
     /// When it was reserved, in microseconds since 2000.
     pub since: AtomicI64,
+    /// It waits for a job, and nobody has woken it.
+    pub is_waiting: AtomicBool,
     /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
     pub leave: AtomicU32,
     pub process: Process,
@@ -202,6 +204,7 @@ impl Default for RunnerSlot {
             cancel: AtomicI64::new(0),
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
+            is_waiting: AtomicBool::new(false),
             leave: AtomicU32::new(0),
             process: Process::default(),
             message: [const { AtomicU8::new(0) }; MESSAGE],
@@ -320,6 +323,7 @@ impl RunnerSlot {
             self.process.leave();
             self.since.store(worker::now(), Ordering::Relaxed);
             self.held.store(false, Ordering::Release);
+            self.is_waiting.store(false, Ordering::Release);
             self.leave.store(0, Ordering::Release);
         }
         taken
@@ -462,16 +466,17 @@ impl Shared {
         }
     }
 
-    /// Wakes a runner of a database that waits for a job: the worker's answer would take longer. Never fails.
-    pub fn wake_idle_runner(&self, oid: u32) {
-        let is_idle = |slot: &RunnerSlot| {
+    /// Wakes a runner of a role that waits for a job; false when there is none that is not woken already. Never fails.
+    pub fn wake_idle_runner(&self, oid: u32, role: u32) -> bool {
+        let is_idle = |slot: &&RunnerSlot| {
             slot.database.load(Ordering::Acquire) == oid
+                && slot.role.load(Ordering::Acquire) == role
                 && slot.state() == RunnerState::Running
-                && slot.job.load(Ordering::Acquire) == 0
+                && slot.is_waiting.swap(false, Ordering::AcqRel)
         };
-        if let Some(slot) = self.runners.iter().find(|slot| is_idle(slot)) {
-            slot.process.wake();
-        }
+        let slot = self.runners.iter().find(is_idle);
+        slot.into_iter().for_each(|slot| slot.process.wake());
+        slot.is_some()
     }
 
     /// Wakes the worker of a database: there may be jobs to run. Never fails.

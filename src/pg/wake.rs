@@ -8,6 +8,8 @@ use std::cell::Cell;
 
 thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
+    /// A job that any runner of this role can take at once; 0 for none, or for more than that.
+    static PLAIN: Cell<u32> = const { Cell::new(0) };
     static ENDED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
@@ -17,6 +19,14 @@ thread_local! {
 /// The running transaction has enqueued or brought back a job of this database, or asks its worker to look.
 pub fn enqueued() {
     ENQUEUED.set(true);
+}
+
+/// The running transaction has enqueued a job that any runner of this role can take at once.
+pub fn enqueued_for(role: u32) {
+    // Of several jobs the worker makes the best.
+    if PLAIN.replace(role) != 0 {
+        ENQUEUED.set(true);
+    }
 }
 
 /// The running transaction has ended jobs of this database: others may have waited for that.
@@ -77,9 +87,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             let database = u32::from(unsafe { pg_sys::MyDatabaseId });
             let published = ring::committed(database);
             let (enqueued, ended, extension) = (ENQUEUED.take(), ENDED.take(), EXTENSION.take());
-            if enqueued && let Some(shared) = shared::get() {
-                shared.wake_idle_runner(database);
-            }
+            let enqueued = enqueued | !is_taken(database, PLAIN.take());
             if published || enqueued || ended || extension {
                 tell(database, published, enqueued || ended, extension);
             }
@@ -93,11 +101,17 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             ring::forget();
             ENQUEUED.set(false);
             ENDED.set(false);
+            PLAIN.set(0);
             EXTENSION.set(false);
             OWNER.set(0);
         }
         _ => {}
     }
+}
+
+/// Whether there is no plain job, or a runner that waits for one has been woken: the worker's answer would take longer.
+fn is_taken(database: u32, role: u32) -> bool {
+    role == 0 || shared::get().is_none_or(|shared| shared.wake_idle_runner(database, role))
 }
 
 /// Has the worker of a database look again whether it has the extension, and who owns it.

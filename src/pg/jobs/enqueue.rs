@@ -5,7 +5,7 @@ use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal, report};
-use crate::pg::{bus, wake, worker};
+use crate::pg::{bus, guc, wake, worker};
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
@@ -47,6 +47,14 @@ pub struct New {
     pub search_path: String,
 }
 
+impl New {
+    /// Any runner of the role can take it at once.
+    fn is_plain(&self) -> bool {
+        let is_free = self.run_at.is_none() && self.model.name.is_none() && self.depends_on.is_none();
+        is_free && guc::queues().of(&self.queue).is_none()
+    }
+}
+
 /// Enqueues in the current transaction: the id. An unfinished job with the same identity_key is returned instead.
 pub fn enqueue(new: New) -> Outcome<i64> {
     let text = "
@@ -54,11 +62,16 @@ pub fn enqueue(new: New) -> Outcome<i64> {
                                 identity_key, depends_on, user_id, context, role, search_path, timeout,
                                 res_model, res_ids, super_user, ready)
         VALUES ($1, $2, $3, $4, $5, $6, $7, COALESCE($8, pg_catalog.now()), $9,
-                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)
-        ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING
-        RETURNING j.id";
-    let database = bus::table()?.database;
-    let stored = new.notify.as_ref().map(|channel| Text(channel.stored(&database)));
+                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)";
+    const ONCE: &str = "
+        ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING";
+    let once = if new.identity_key.is_some() { ONCE } else { "" };
+    let text = &format!("{text}{once} RETURNING j.id");
+    let stored = match &new.notify {
+        Some(channel) => Some(Text(channel.stored(&bus::table()?.database))),
+        None => None,
+    };
+    let is_plain = new.is_plain();
     let is_ready = new.depends_on.as_ref().is_none_or(Vec::is_empty);
     let args: [DatumWithOid<'_>; 21] = [
         new.description.clone().map(Text).into(),
@@ -90,7 +103,11 @@ pub fn enqueue(new: New) -> Outcome<i64> {
         let inserted = on_table(text, &args, |row| row.need::<i64>(1))?.into_iter().next();
         drop(mark);
         if let Some(id) = inserted {
-            wake::enqueued();
+            if is_plain {
+                wake::enqueued_for(u32::from(new.role));
+            } else {
+                wake::enqueued();
+            }
             let (name, state) = (new.description.as_deref(), State::Created.as_str());
             if let Some(channel) = &new.notify {
                 bus::publish(channel, NOTIFICATION, &change(id, name, state, None))?;
@@ -128,12 +145,31 @@ impl Drop for Enqueueing {
 fn ir_async_inserted<'a>(trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgHeapTuple<'a, impl WhoAllocated>>> {
     let Some(new) = trigger.new() else { return Ok(None) };
     let mut tuple = new.into_owned();
-    wake::enqueued();
     if !ENQUEUEING.get() {
+        wake::enqueued();
         // Raised here: pgrx turns an Err of a trigger function into a panic's text.
         disown(&mut tuple).unwrap_or_report();
+        check(&tuple).unwrap_or_report();
     }
     Ok(Some(tuple))
+}
+
+/// What holds of every job. Errors: 23514.
+fn check(tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
+    let state: Option<String> = tuple.get_by_name("state").map_err(internal)?;
+    let token: Option<String> = tuple.get_by_name("token").map_err(internal)?;
+    let finished_at: Option<TimestampWithTimeZone> = tuple.get_by_name("finished_at").map_err(internal)?;
+    let max_attempts: Option<i32> = tuple.get_by_name("max_attempts").map_err(internal)?;
+    let wrong = match state.as_deref().and_then(State::parse) {
+        None => "its state is none of a job's",
+        Some(state) if (state == State::Processing) != token.is_some() => "a token belongs to a job that is processing",
+        Some(state) if state.is_unfinished() != finished_at.is_none() => "finished_at belongs to a job that has ended",
+        _ if max_attempts.is_some_and(|most| most < 1) => "max_attempts is at least 1",
+        _ => return Ok(()),
+    };
+    let detail = format!("State: {}", state.as_deref().unwrap_or("NULL"));
+    let message = format!("a job cannot be so: {wrong}");
+    Err(report(PgSqlErrorCode::ERRCODE_CHECK_VIOLATION, &message, &detail, "Enqueue jobs by ir_async_call."))
 }
 
 fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
