@@ -99,12 +99,19 @@ def is_served(dbname):
     return '%h' in pattern or '%d' in pattern or bool(http.db_filter([dbname], host=''))
 
 
+def open_cursor(dbname):
+    """A cursor, without loading a registry for it."""
+    if dbname in Registry.registries:
+        return Registry.registries[dbname].cursor()
+    return sql_db.db_connect(dbname).cursor()
+
+
 def check_claim(dbname, job_id, token):
     """Raises Unavailable or JobLost. A caller without the token does not even make Odoo load a registry."""
     if not is_served(dbname):
         raise Unavailable()
     try:
-        with contextlib.closing(sql_db.db_connect(dbname).cursor()) as cr:
+        with contextlib.closing(open_cursor(dbname)) as cr:
             cr.execute("SELECT to_regclass('ir_async') IS NOT NULL AND to_regclass('ir_module_module') IS NOT NULL")
             if not cr.fetchone()[0]:
                 raise Unavailable()

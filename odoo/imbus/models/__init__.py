@@ -1,1 +1,1 @@
-from . import ir_async, ir_async_export
+from . import ir_async, ir_async_export, ir_model
