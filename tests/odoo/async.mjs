@@ -82,7 +82,7 @@ test('asyncRpc resolves with the result of the job, which is done then', async (
 });
 
 test('asyncRpc rejects as an RPC does', async () => {
-  const { error } = await asyncRpc(admin, { model: 'res.partner', method: 'read', args: [[999999999], ['name']] });
+  const { error } = await asyncRpc(admin, { model: 'res.partner', method: 'write', args: [[999999999], { name: 'x' }] });
   assert.deepEqual([error.name, error.exceptionName], ['RPC_ERROR', 'odoo.exceptions.MissingError']);
   const { error: refused } = await asyncRpc(admin, { model: 'res.partner', method: '_write', args: [[3], {}] });
   assert.equal(refused.exceptionName, 'odoo.exceptions.AccessError');
@@ -111,6 +111,7 @@ test('an export goes from the button to the file, and is gone from all tabs', as
     await page.click('.o_async_jobs_toggle', { timeout: PATIENCE });
     await page.waitForSelector('.o_async_job[data-state=succeeded]', { timeout: PATIENCE });
   }
+  await admin.waitForSelector('.o_notification', { state: 'detached', timeout: PATIENCE });
   await picture(admin, 'odoo-async-systray');
   const [download] = await Promise.all([admin.waitForEvent('download'), admin.click('.o_async_job_open')]);
   assert.match(download.suggestedFilename(), /res\.partner.*\.xlsx$/);
@@ -136,8 +137,9 @@ test('the administrator sees the jobs, and brings a failed one back', async () =
 
 test('jobs of another database are run there', async () => {
   const there = await login(B);
-  const { result } = await asyncRpc(there, { model: 'res.partner', method: 'create', args: [{ name: 'made in b' }] });
+  const name = `made in b ${Date.now()}`;
+  const { result } = await asyncRpc(there, { model: 'res.partner', method: 'create', args: [{ name }] });
   assert.ok(result > 0);
-  const count = (database) => Number(sql("SELECT count(*) FROM res_partner WHERE name = 'made in b'", database));
+  const count = (database) => Number(sql(`SELECT count(*) FROM res_partner WHERE name = '${name}'`, database));
   assert.deepEqual([count('odoo_a'), count('odoo_b')], [0, 1]);
 });
