@@ -1,0 +1,1 @@
+from . import ir_async, ir_async_export, ir_model

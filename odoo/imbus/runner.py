@@ -1,0 +1,259 @@
+"""Runs a job that the server has claimed: rebuilds its environment, calls the method, and settles the job through SQL.
+
+The fencing token stays here, out of the reach of contexts, which travel.
+"""
+import contextlib
+import datetime
+import json
+import logging
+import threading
+import traceback
+from contextvars import ContextVar
+
+import psycopg2
+from psycopg2 import errors
+
+from odoo import api, fields, http, sql_db
+from odoo.exceptions import RedirectWarning, UserError
+from odoo.models import BaseModel
+from odoo.modules.registry import Registry
+from odoo.service import db as service_db
+from odoo.service.model import get_public_method, retrying
+from odoo.tools import config, lazy
+
+try:
+    from odoo.service.model import call_kw
+except ImportError:  # 18.0
+    from odoo.api import call_kw
+
+_logger = logging.getLogger(__name__)
+
+# Keys of a stored context that are the runner's, and not the method's.
+TRACE, RPC = 'async_trace', 'async_rpc'
+# How much is kept of where a job's ancestors enqueued it.
+TRACE_DEPTH, TRACE_LENGTH = 5, 4000
+
+READ_JOB = """
+    SELECT res_model, res_ids, method, args, kwargs, user_id, context, super_user
+      FROM ir_async WHERE id = %s AND token = %s AND state = 'processing'"""
+
+
+class JobLost(Exception):
+    """The job is not this runner's any more: it was cancelled, its time is over, or its token is wrong."""
+
+
+class Unavailable(Exception):
+    """No such database, or no add-on imbus in it."""
+
+
+class Job:
+    """The job that this thread works on."""
+
+    def __init__(self, dbname, job_id, token):
+        self.dbname = dbname
+        self.id = job_id
+        self.token = token
+        self.label = ''
+        self.trace = []
+
+
+current = ContextVar('imbus_job', default=None)
+
+
+def trace_for_child(dbname):
+    """What a job enqueued now is to remember of the jobs above it: a list of {"id", "call", "stack"}, newest first."""
+    job = current.get()
+    if job is None or job.dbname != dbname:
+        return []
+    stack = ''.join(traceback.format_stack()[:-2])[-TRACE_LENGTH:]
+    return [{'id': job.id, 'call': job.label, 'stack': stack}, *job.trace][:TRACE_DEPTH]
+
+
+def dumps(value):
+    """JSON of a result or an argument. Dates become text as in Odoo's RPC. Raises TypeError or ValueError for the rest."""
+    def default(thing):
+        if isinstance(thing, lazy):
+            return thing._value
+        if isinstance(thing, datetime.datetime):
+            return fields.Datetime.to_string(thing)
+        if isinstance(thing, datetime.date):
+            return fields.Date.to_string(thing)
+        if isinstance(thing, BaseModel):
+            raise TypeError(f'the recordset {thing} is not JSON: pass its ids')
+        with contextlib.suppress(TypeError, ValueError):
+            return dict(thing)
+        raise TypeError(f'a {type(thing).__name__} is not JSON')
+    return json.dumps(value, default=default, allow_nan=False)
+
+
+def is_served(dbname):
+    """Whether this Odoo serves a database of that name. A dbfilter that depends on the request's host cannot be asked:
+    the server calls by Odoo's own address."""
+    try:
+        names = service_db.list_dbs(force=True)
+    except psycopg2.OperationalError:
+        return False
+    if dbname not in names:
+        return False
+    pattern = config['dbfilter'] or ''
+    return '%h' in pattern or '%d' in pattern or bool(http.db_filter([dbname], host=''))
+
+
+def open_cursor(dbname):
+    """A cursor, without loading a registry for it."""
+    if dbname in Registry.registries:
+        return Registry.registries[dbname].cursor()
+    return sql_db.db_connect(dbname).cursor()
+
+
+def check_claim(dbname, job_id, token):
+    """Raises Unavailable or JobLost. A caller without the token does not even make Odoo load a registry."""
+    if not is_served(dbname):
+        raise Unavailable()
+    try:
+        with contextlib.closing(open_cursor(dbname)) as cr:
+            cr.execute("SELECT to_regclass('ir_async') IS NOT NULL AND to_regclass('ir_module_module') IS NOT NULL")
+            if not cr.fetchone()[0]:
+                raise Unavailable()
+            cr.execute("SELECT 1 FROM ir_module_module WHERE name = 'imbus' AND state IN ('installed', 'to upgrade')")
+            if not cr.rowcount:
+                raise Unavailable()
+            cr.execute(READ_JOB, (job_id, token))
+            if not cr.rowcount:
+                raise JobLost()
+    except psycopg2.OperationalError as error:
+        raise Unavailable() from error
+
+
+@contextlib.contextmanager
+def background(job):
+    """Like a cron job: no HTTP request is to be seen, and the logs name the database."""
+    mark = current.set(job)
+    http._request_stack.push(None)
+    threading.current_thread().dbname = job.dbname
+    try:
+        yield
+    finally:
+        http._request_stack.pop()
+        current.reset(mark)
+
+
+def run(dbname, job_id, token):
+    """Runs a claimed job and settles it; returns its new state. Raises Unavailable, JobLost (nothing was done)."""
+    check_claim(dbname, job_id, token)
+    registry = Registry(dbname).check_signaling()
+    if 'ir.async' not in registry:
+        raise Unavailable()
+    job = Job(dbname, job_id, token)
+    with background(job):
+        try:
+            with registry.cursor() as cr:
+                return work(cr, job)
+        except JobLost:
+            raise
+        except (errors.ObjectNotInPrerequisiteState, errors.SerializationFailure) as error:
+            # Whichever statement met it: is the job still ours?
+            check_claim(dbname, job_id, token)
+            failure = error
+        except Exception as error:  # noqa: BLE001 whatever a method raises is the job's failure
+            failure = error
+        return fail(registry, job, failure)
+
+
+def work(cr, job):
+    """Calls the method and finishes the job in one transaction, retried as a request is."""
+    env = api.Environment(cr, api.SUPERUSER_ID, {})
+
+    def attempt():
+        # Again at each try: a job taken away meanwhile is not run once more.
+        env.cr.execute(READ_JOB, (job.id, job.token))
+        row = env.cr.fetchone()
+        if row is None:
+            raise JobLost()
+        result = dumps(call(env, job, *row))
+        env.flush_all()
+        env.cr.execute("SELECT ir_async_finish(%s, %s, %s::jsonb)", (job.id, job.token, result))
+        return 'done' if result == 'null' else 'succeeded'
+
+    return retrying(attempt, env)
+
+
+def call(env, job, model, ids, method, args, kwargs, user_id, context, su):
+    """The method's result."""
+    context = dict(context or {})
+    job.label = f'{model}.{method}'
+    job.trace = context.pop(TRACE, None) or []
+    is_rpc = context.pop(RPC, False)
+    context['async_job_id'] = job.id
+    uid = user_id or api.SUPERUSER_ID
+    user = env['res.users'].browse(uid).exists()
+    if not user or not (user.active or uid == api.SUPERUSER_ID):
+        raise UserError(env._('The user of job %(job)s does not exist, or is not active.', job=job.id))
+    threading.current_thread().uid = uid
+    env = api.Environment(env.cr, uid, context, bool(su))
+    if hasattr(env, 'transaction'):
+        env.transaction.default_env = env
+    if model not in env:
+        raise UserError(env._('The model %(model)s of job %(job)s does not exist.', model=model, job=job.id))
+    if is_rpc:
+        get_public_method(env[model], method)
+        args = args if ids is None else [ids, *args]
+        return call_kw(env[model], method, args, {**kwargs, 'context': context})
+    return getattr(env[model].browse(ids or []), method)(*args, **kwargs)
+
+
+def fail(registry, job, error):
+    """Records a failure; returns the job's state. Raises JobLost."""
+    said = describe(error, job)
+    level = logging.INFO if said.get('retry') is False else logging.WARNING
+    _logger.log(level, 'job %s (%s) failed: %s', job.id, job.label, said['message'], exc_info=error)
+    try:
+        with registry.cursor() as cr:
+            cr.execute("SELECT ir_async_fail(%s, %s, %s::jsonb)", (job.id, job.token, json.dumps(said)))
+            cr.execute("SELECT state FROM ir_async WHERE id = %s", (job.id,))
+            return cr.fetchone()[0]
+    except (errors.ObjectNotInPrerequisiteState, errors.SerializationFailure) as lost:
+        raise JobLost() from lost
+
+
+def describe(error, job):
+    """A failure as an RPC tells it, with the stacks of the jobs that enqueued this one."""
+    def is_json(value):
+        with contextlib.suppress(TypeError, ValueError):
+            dumps(value)
+            return True
+        return False
+
+    kind = type(error)
+    # jsonb has no NUL.
+    text = (str(error.args[0]) if isinstance(error, (UserError, RedirectWarning)) and error.args else str(error)).replace('\0', '')
+    debug = ''.join(traceback.format_exception(kind, error, error.__traceback__)).replace('\0', '')
+    for parent in job.trace:
+        debug += f"\nEnqueued by job {parent['id']} ({parent['call']}), at:\n{parent['stack']}"
+    said = {
+        'code': 200,
+        'message': text or kind.__name__,
+        'data': {
+            'name': f'{kind.__module__}.{kind.__name__}',
+            'message': text,
+            'arguments': [json.loads(dumps(arg)) if is_json(arg) else str(arg) for arg in error.args],
+            'context': {},
+            'debug': debug,
+        },
+    }
+    if isinstance(error, (UserError, RedirectWarning)):
+        said['retry'] = False
+    return json.loads(json.dumps(said).replace('\\u0000', ''))
+
+
+def progress(registry, percent, message):
+    """Tells how far the current job is, at once; False outside a job. Raises JobLost."""
+    job = current.get()
+    if job is None or job.dbname != registry.db_name:
+        return False
+    try:
+        with registry.cursor() as cr:
+            cr.execute("SELECT ir_async_progress(%s, %s, %s, %s)", (job.id, job.token, percent, message))
+    except errors.ObjectNotInPrerequisiteState as lost:
+        raise JobLost() from lost
+    return True

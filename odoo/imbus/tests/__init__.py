@@ -1,0 +1,1 @@
+from . import test_call, test_export, test_run
