@@ -126,7 +126,7 @@ class TestRun(JobCase, HttpCase):
         job = self.jobs.call(self.method(method), queue='test')
         # In one transaction with the cancelling, which the rollback would undo: its failure is what is looked at.
         job_id, token = self.claim('test')
-        with patch.object(runner, 'check_claim', side_effect=[None, runner.JobLost()]):
+        with patch.object(runner, 'check_claim', side_effect=runner.JobLost()):
             reply = self.ask(db=self.env.cr.dbname, id=job_id, token=token)
         self.assertEqual(reply.status_code, 409)
         self.env.invalidate_all()
