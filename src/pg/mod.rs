@@ -31,6 +31,7 @@ mod session;
 mod sessions;
 mod shared;
 mod sql;
+mod sqlstate;
 mod stats;
 mod transaction;
 mod trigger;

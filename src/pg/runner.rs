@@ -11,6 +11,7 @@ use super::limit::Limit;
 use super::report::Outcome;
 use super::session;
 use super::shared::{self, RunnerSlot, RunnerState};
+use super::sqlstate;
 use super::transaction::{self, Failure};
 use super::worker::{self, Waiting};
 use crate::core::pace::BUDGET;
@@ -143,15 +144,11 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
 /// Runs what was claimed: in company as far as that goes, the rest alone.
 fn run(slot: &RunnerSlot, batch: Batch) {
     let Batch { token, works } = batch;
-    let mut alone = Vec::new();
-    if works.len() > 1 && session::can_share() {
-        let mut left = VecDeque::from(works);
-        while !left.is_empty() {
-            run_together(slot, &token, &mut left, &mut alone);
-        }
-    } else {
-        alone = works;
+    let (mut left, mut alone) = (VecDeque::from(works), Vec::new());
+    while left.len() > 1 && session::can_share() {
+        run_together(slot, &token, &mut left, &mut alone);
     }
+    alone.extend(left);
     // Whom somebody wants to stop comes first: the mark is for the job in the slot.
     let stopped = slot.cancelled();
     alone.sort_by_key(|work| Some(work.id) != stopped);
@@ -228,7 +225,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, left: &mut VecDeque<Work
 fn call(work: &Work) -> Outcome<Option<String>> {
     worker::report_activity(Some(&work.target));
     let arguments = Arguments::parse(&work.args, &work.kwargs)?;
-    call::run(&work.target, &arguments, &work.search_path)
+    sqlstate::watched(|| call::run(&work.target, &arguments, &work.search_path))
 }
 
 /// Runs one job: effect, result, state and notification in one commit; a failure is recorded in a second one.

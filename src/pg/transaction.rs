@@ -1,7 +1,7 @@
 //! The only begin, commit and abort of the workers, and the only switch of user.
 
-use super::guard;
 use super::report::Outcome;
+use super::{guard, sqlstate};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
 use pgrx::prelude::*;
@@ -26,7 +26,7 @@ impl std::fmt::Display for Failure {
 impl From<ErrorReportWithLevel> for Failure {
     fn from(report: ErrorReportWithLevel) -> Failure {
         Failure {
-            code: sqlstate(report.sql_error_code() as i32),
+            code: characters(code(report.sql_error_code())),
             message: report.message().to_owned(),
             detail: report.detail().map(str::to_owned),
             hint: report.hint().map(str::to_owned),
@@ -34,8 +34,17 @@ impl From<ErrorReportWithLevel> for Failure {
     }
 }
 
+/// An error's packed SQLSTATE: pgrx takes one that it does not know for an internal error.
+fn code(known: PgSqlErrorCode) -> i32 {
+    let raised = sqlstate::take();
+    match known {
+        PgSqlErrorCode::ERRCODE_INTERNAL_ERROR => raised.unwrap_or(known as i32),
+        _ => known as i32,
+    }
+}
+
 /// The five characters of a packed SQLSTATE (elog.h, MAKE_SQLSTATE: six bits each, counted from '0').
-fn sqlstate(packed: i32) -> String {
+fn characters(packed: i32) -> String {
     (0..5).map(|i| char::from(((packed >> (6 * i)) & 0x3f) as u8 + b'0')).collect()
 }
 

@@ -1,0 +1,237 @@
+//! Short jobs share transactions, and nothing of that is to be seen in how they end.
+
+mod common;
+
+use common::{Cluster, eventually, shared};
+use postgres::Client;
+
+fn number(sql: &mut Client, query: &str) -> i64 {
+    sql.query_one(&format!("SELECT ({query})::bigint"), &[]).unwrap().get(0)
+}
+
+/// Enqueues the calls that a query lists (`target`, `args`, and more by name), all in one transaction.
+fn enqueue(sql: &mut Client, calls: &str) {
+    let text =
+        format!("SELECT count(*) FROM (SELECT ir_async_call_many((SELECT jsonb_agg(to_jsonb(c)) FROM ({calls}) c))) s");
+    sql.query_one(&text, &[]).unwrap();
+}
+
+fn all_end(sql: &mut Client) {
+    eventually("all jobs have ended", || {
+        number(sql, "SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing')") == 0
+    });
+}
+
+/// How many jobs were ended in a transaction that ended others too.
+fn in_company(sql: &mut Client) -> i64 {
+    number(
+        sql,
+        "SELECT count(*) FROM (SELECT count(*) OVER (PARTITION BY xmin::text) AS mates FROM ir_async) s WHERE mates > 1",
+    )
+}
+
+fn count(sql: &mut Client, state: &str) -> i64 {
+    number(sql, &format!("SELECT count(*) FROM ir_async WHERE state = '{state}'"))
+}
+
+#[test]
+fn a_job_that_fails_takes_nobody_along_and_leaves_no_trace() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_fails");
+    sql.batch_execute(
+        "CREATE TABLE effect (n int);
+         CREATE FUNCTION work(n int) RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO effect VALUES (n);
+             IF n % 10 = 3 THEN RAISE EXCEPTION 'no %', n USING ERRCODE = 'P1234', DETAIL = 'a detail'; END IF;
+             RETURN n;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(0, 999) n");
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "succeeded"), count(&mut sql, "failed")), (900, 100));
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect WHERE n % 10 <> 3"), 900);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 900);
+    let own = "SELECT count(*) FROM ir_async WHERE payload -> 'result' = args -> 0";
+    assert_eq!(number(&mut sql, own), 900);
+    let told = "SELECT count(*) FROM ir_async WHERE state = 'failed' AND payload #>> '{error,code}' = 'P1234'
+                   AND payload #>> '{error,message}' = 'no ' || (args ->> 0) AND attempts = 1 AND deaths = 0
+                   AND payload #>> '{error,data,detail}' = 'a detail' AND jsonb_array_length(errors) = 1";
+    assert_eq!(number(&mut sql, told), 100);
+    assert!(in_company(&mut sql) > 100);
+}
+
+#[test]
+fn what_a_job_leaves_in_its_session_is_not_there_for_the_next() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_session");
+    sql.batch_execute(
+        "CREATE SEQUENCE numbers;
+         CREATE FUNCTION look(n int) RETURNS text LANGUAGE plpgsql AS $$
+         DECLARE found text := ''; c refcursor := 'left_open';
+         BEGIN
+             IF current_setting('work_mem') <> '4MB' OR current_setting('my.own', true) <> '' THEN found := 'settings '; END IF;
+             IF EXISTS (SELECT FROM pg_prepared_statements) THEN found := found || 'statements '; END IF;
+             IF EXISTS (SELECT FROM pg_cursors WHERE name = 'left_open') THEN found := found || 'cursors '; END IF;
+             IF EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND objid = 77)
+                 THEN found := found || 'locks '; END IF;
+             BEGIN
+                 PERFORM lastval();
+                 found := found || 'sequences ';
+             EXCEPTION WHEN object_not_in_prerequisite_state THEN NULL;
+             END;
+             IF n % 2 = 0 THEN
+                 PERFORM set_config('work_mem', '5MB', n % 4 = 0), set_config('my.own', 'x', false);
+                 EXECUTE 'PREPARE left_prepared AS SELECT 1';
+                 OPEN c FOR SELECT 1;
+                 PERFORM pg_advisory_lock(77), nextval('numbers');
+             END IF;
+             RETURN NULLIF(found, '');
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'look' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 600) n");
+    all_end(&mut sql);
+    let found = sql.query("SELECT DISTINCT payload::text FROM ir_async WHERE state <> 'done'", &[]).unwrap();
+    assert!(found.is_empty(), "{:?}", found.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>());
+    assert!(in_company(&mut sql) > 100);
+}
+
+#[test]
+fn temporary_tables_are_gone_with_their_job() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_temporary");
+    sql.batch_execute(
+        "CREATE FUNCTION quick() RETURNS void LANGUAGE sql AS '';
+         CREATE FUNCTION temporary() RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN
+             CREATE TEMPORARY TABLE mine (n int);
+             CREATE TEMPORARY TABLE dropped (n int) ON COMMIT DROP;
+             INSERT INTO mine VALUES (1);
+             RETURN (SELECT count(*) FROM mine);
+         END $$",
+    )
+    .unwrap();
+    let target = "CASE WHEN n % 50 = 0 THEN 'temporary' ELSE 'quick' END";
+    enqueue(&mut sql, &format!("SELECT {target} AS target FROM generate_series(1, 500) n"));
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "succeeded"), count(&mut sql, "failed")), (490, 10, 0));
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM ir_async WHERE payload = '{\"result\": 1}'"), 10);
+}
+
+#[test]
+fn what_only_a_commit_refuses_fails_the_job_that_did_it() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_deferred");
+    sql.batch_execute(
+        "CREATE TABLE parent (id int PRIMARY KEY);
+         CREATE TABLE child (id int REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+         INSERT INTO parent SELECT n FROM generate_series(1, 400) n WHERE n % 40 <> 0;
+         CREATE FUNCTION add_child(n int) RETURNS void LANGUAGE sql AS 'INSERT INTO child VALUES (n)'",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'add_child' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 400) n");
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (390, 10));
+    let right = "SELECT count(*) FROM ir_async WHERE state = 'failed' AND (args ->> 0)::int % 40 = 0
+                    AND payload #>> '{error,code}' = '23503'";
+    assert_eq!(number(&mut sql, right), 10);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM child"), 390);
+}
+
+#[test]
+fn two_runners_whose_jobs_lock_each_others_rows_fail_none() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_deadlock");
+    sql.batch_execute(
+        "CREATE TABLE counter (id int PRIMARY KEY, n int);
+         INSERT INTO counter SELECT i, 0 FROM generate_series(0, 6) i;
+         CREATE FUNCTION count_up(i int) RETURNS void LANGUAGE sql AS 'UPDATE counter SET n = n + 1 WHERE id = i'",
+    )
+    .unwrap();
+    let args = "jsonb_build_array((n * 5 + n / 7) % 7)";
+    enqueue(&mut sql, &format!("SELECT 'count_up' AS target, {args} AS args FROM generate_series(1, 2000) n"));
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (2000, 0));
+    assert_eq!(number(&mut sql, "SELECT sum(n) FROM counter"), 2000);
+}
+
+#[test]
+fn a_long_job_among_short_ones_keeps_their_results_back_for_a_moment_only() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_long");
+    sql.batch_execute(
+        "CREATE TABLE gate (id int); CREATE TABLE effect (n int);
+         CREATE FUNCTION work(n int) RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO effect VALUES (n);
+             IF n = 700 THEN LOCK TABLE gate IN ACCESS SHARE MODE; END IF;
+             RETURN n;
+         END $$",
+    )
+    .unwrap();
+    let mut other = cluster.connect("jc_long");
+    let mut gate = other.transaction().unwrap();
+    gate.batch_execute("LOCK TABLE gate IN ACCESS EXCLUSIVE MODE").unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 1000) n");
+    eventually("all others have ended", || count(&mut sql, "succeeded") == 999);
+    assert_eq!(count(&mut sql, "processing"), 1);
+    // It can be stopped as any other.
+    let id = number(&mut sql, "SELECT id FROM ir_async WHERE state = 'processing'");
+    assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&id]).unwrap().get::<_, bool>(0));
+    eventually("it is cancelled", || count(&mut sql, "cancelled") == 1);
+    drop(gate);
+    assert_eq!(number(&mut sql, "SELECT count(DISTINCT n) FROM effect WHERE n <> 700"), 999);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 999);
+}
+
+#[test]
+fn a_runner_that_dies_counts_in_the_job_it_was_at_and_the_others_go_on() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut sql = cluster.database("jc_dies");
+    sql.batch_execute(
+        "CREATE TABLE effect (n int);
+         CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO effect VALUES (n);
+             IF n = 400 THEN PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(60); END IF;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 600) n");
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (599, 1));
+    assert_eq!(number(&mut sql, "SELECT sum(deaths) FROM ir_async"), 5);
+    assert_eq!(number(&mut sql, "SELECT deaths FROM ir_async WHERE args -> 0 = '400'"), 5);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 599);
+    assert_eq!(number(&mut sql, "SELECT max(attempts) FROM ir_async WHERE state = 'done'"), 1);
+}
+
+#[test]
+fn results_and_states_are_told_of_each_job_in_company() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_told");
+    sql.batch_execute("CREATE FUNCTION twice(n int) RETURNS int LANGUAGE sql AS 'SELECT 2 * n'").unwrap();
+    let mut socket = cluster.subscriber(&mut sql, serde_json::json!(["jobs"]), 0);
+    enqueue(
+        &mut sql,
+        "SELECT 'twice' AS target, jsonb_build_array(n) AS args, 'jobs' AS notify FROM generate_series(1, 200) n",
+    );
+    all_end(&mut sql);
+    assert!(in_company(&mut sql) > 20);
+    let mut states = std::collections::HashMap::<i64, Vec<String>>::new();
+    for _ in 0..600 {
+        let told = socket.payload();
+        let state = match &told["payload"]["result"] {
+            serde_json::Value::Null => told["state"].as_str().unwrap().to_owned(),
+            result => format!("{} {result}", told["state"].as_str().unwrap()),
+        };
+        states.entry(told["id"].as_i64().unwrap()).or_default().push(state);
+    }
+    let first = *states.keys().min().unwrap();
+    for (id, states) in states {
+        let result = format!("succeeded {}", 2 * (id - first + 1));
+        assert_eq!(states, ["created", "processing", result.as_str()]);
+    }
+}
