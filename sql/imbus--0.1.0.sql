@@ -127,7 +127,8 @@ SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule_id_seq', 
 ---------------------------------------------------------------- indexes
 
 -- Lanes: jobs that differ in nothing but their times (src/pg/jobs/claims.rs).
-CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (res_model IS NOT NULL), role, priority, run_at, id)
+CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
+                                                                priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
 CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (token, id) WHERE state = 'processing';
