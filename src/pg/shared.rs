@@ -2,13 +2,17 @@
 //! but the addresses of latches (which live in PostgreSQL's own shared memory for as long as the server), no file
 //! descriptors, no locks, so that a transaction callback after commit can never fail here.
 
+mod runners;
+
 use super::worker;
 use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgAtomic, pg_shmem_init};
 use std::cell::Cell;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+pub use runners::{RunnerSlot, RunnerState};
 
 /// Databases served at once; each also takes one of max_worker_processes, which is the tighter limit in practice.
 pub const DATABASES: usize = 512;
@@ -18,8 +22,6 @@ pub const RUNNERS: usize = 64;
 const HOLDS: usize = 32;
 /// Databases whose extension changed since the gateway last looked; more make it look at all of them.
 const ANNOUNCED: usize = 64;
-/// Bytes kept of the message with which a runner failed to connect.
-const MESSAGE: usize = 256;
 /// The secret of the tokens in the data directory, made at first start.
 const SECRET_FILE: &str = "imbus_token_secret";
 const SECRET: usize = 32;
@@ -155,178 +157,6 @@ impl DatabaseSlot {
         self.forget_odoo();
         self.set_state(DatabaseState::Free);
         self.oid.store(0, Ordering::Release);
-    }
-}
-
-/// What a runner's slot says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum RunnerState {
-    Free = 0,
-    /// Taken by a database worker that is about to register the runner.
-    Reserved = 1,
-    /// Connected.
-    Running = 2,
-    /// Ended; `job` says which job died with it, if any.
-    Exited = 3,
-}
-
-/// One runner.
-pub struct RunnerSlot {
-    state: AtomicU32,
-    pub database: AtomicU32,
-    pub role: AtomicU32,
-    /// The job it works on, 0 when idle.
-    job: AtomicI64,
-    token: [AtomicU64; 2],
-    /// The job that somebody wants it to stop, 0 for none.
-    cancel: AtomicI64,
-    /// It was told to leave because the database is held, so its job did not die.
-    pub held: AtomicBool,
-    /// When it was reserved, in microseconds since 2000.
-    pub since: AtomicI64,
-    /// It waits for a job, and nobody has woken it.
-    pub is_waiting: AtomicBool,
-    /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
-    pub leave: AtomicU32,
-    pub process: Process,
-    message: [AtomicU8; MESSAGE],
-}
-
-impl Default for RunnerSlot {
-    fn default() -> RunnerSlot {
-        RunnerSlot {
-            state: AtomicU32::new(0),
-            database: AtomicU32::new(0),
-            role: AtomicU32::new(0),
-            job: AtomicI64::new(0),
-            token: [AtomicU64::new(0), AtomicU64::new(0)],
-            cancel: AtomicI64::new(0),
-            held: AtomicBool::new(false),
-            since: AtomicI64::new(0),
-            is_waiting: AtomicBool::new(false),
-            leave: AtomicU32::new(0),
-            process: Process::default(),
-            message: [const { AtomicU8::new(0) }; MESSAGE],
-        }
-    }
-}
-
-impl RunnerSlot {
-    pub fn state(&self) -> RunnerState {
-        match self.state.load(Ordering::Acquire) {
-            1 => RunnerState::Reserved,
-            2 => RunnerState::Running,
-            3 => RunnerState::Exited,
-            _ => RunnerState::Free,
-        }
-    }
-
-    pub fn set_state(&self, state: RunnerState) {
-        self.state.store(state as u32, Ordering::Release);
-    }
-
-    /// Keeps PostgreSQL's message of a failed connection for the database worker.
-    pub fn set_message(&self, text: &str) {
-        for (cell, byte) in self.message.iter().zip(text.bytes().chain(std::iter::repeat(0))) {
-            cell.store(byte, Ordering::Relaxed);
-        }
-    }
-
-    /// The message, empty when the runner had connected.
-    pub fn message(&self) -> String {
-        let bytes: Vec<u8> =
-            self.message.iter().map(|b| b.load(Ordering::Relaxed)).take_while(|byte| *byte != 0).collect();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// Goes on to another job that it has claimed by the same token. A wish to stop the one before is over; one for this job
-    /// stays.
-    pub fn begin(&self, id: i64) {
-        if self.job.swap(id, Ordering::AcqRel) != id {
-            self.cancel.store(0, Ordering::Release);
-        }
-    }
-
-    /// Enters the job it works on; `token` is 32 hexadecimal digits.
-    pub fn set_job(&self, id: i64, token: &str) {
-        for (cell, digits) in self.token.iter().zip([token.get(..16), token.get(16..)]) {
-            let half = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
-            cell.store(half.unwrap_or(0), Ordering::Release);
-        }
-        self.cancel.store(0, Ordering::Release);
-        self.job.store(id, Ordering::Release);
-    }
-
-    /// The job it works on and its token; None when idle.
-    pub fn job(&self) -> Option<(i64, String)> {
-        let id = self.job.load(Ordering::Acquire);
-        let [high, low] = &self.token;
-        let token = format!("{:016x}{:016x}", high.load(Ordering::Acquire), low.load(Ordering::Acquire));
-        (id != 0).then_some((id, token))
-    }
-
-    /// It has ended its job.
-    pub fn clear_job(&self) {
-        self.job.store(0, Ordering::Release);
-        self.cancel.store(0, Ordering::Release);
-    }
-
-    /// Asks it to stop this job, if it works on it by this token.
-    pub fn ask_cancel(&self, id: i64, token: &str) -> bool {
-        if self.job() != Some((id, token.to_owned())) {
-            return false;
-        }
-        self.cancel.store(id, Ordering::Release);
-        self.interrupt();
-        true
-    }
-
-    /// Interrupts it again if the job it was asked to stop still runs.
-    pub fn cancel_again(&self) -> bool {
-        let (id, asked) = (self.job.load(Ordering::Acquire), self.cancel.load(Ordering::Acquire));
-        let is_due = asked != 0 && id == asked;
-        if is_due {
-            self.interrupt();
-        }
-        is_due
-    }
-
-    fn interrupt(&self) {
-        let pid = self.process.pid();
-        // One that is on its way looks before it begins.
-        if pid > 0 && self.state() == RunnerState::Running {
-            // SAFETY: a signal to a process of this server, of the same operating system's user.
-            unsafe { libc::kill(pid, libc::SIGINT) };
-        }
-    }
-
-    /// The job that it was asked to stop.
-    pub fn cancelled(&self) -> Option<i64> {
-        Some(self.cancel.load(Ordering::Acquire)).filter(|id| *id != 0)
-    }
-
-    /// Gives the place back.
-    pub fn free(&self) {
-        self.clear_job();
-        self.process.leave();
-        self.database.store(0, Ordering::Release);
-        self.set_state(RunnerState::Free);
-    }
-
-    fn reserve(&self) -> bool {
-        let (free, reserved) = (RunnerState::Free as u32, RunnerState::Reserved as u32);
-        let taken = self.state.compare_exchange(free, reserved, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        if taken {
-            self.clear_job();
-            self.set_message("");
-            self.process.leave();
-            self.since.store(worker::now(), Ordering::Relaxed);
-            self.held.store(false, Ordering::Release);
-            self.is_waiting.store(false, Ordering::Release);
-            self.leave.store(0, Ordering::Release);
-        }
-        taken
     }
 }
 

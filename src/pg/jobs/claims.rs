@@ -187,14 +187,12 @@ fn work(row: &sql::Row, first: usize) -> Outcome<Work> {
 /// Claims jobs that this transaction has locked, under one token: `processing`, one attempt more. They come in the order
 /// in which they were locked.
 pub fn take(ids: &[i64], token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
-    let text = format!(
-        "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
+    let text = "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
                 claimed_at = pg_catalog.clock_timestamp(), write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-          WHERE id = ANY($1)"
-    );
+          WHERE id = ANY($1)";
     let args = [ids.to_vec().into(), Text(token.clone()).into(), worker.map(|name| Text(name.to_owned())).into()];
     let mut works = along_indexes(|| {
-        rows_changed(&text, WORK, &args, |row, first| Ok(Work { id: row.need(1)?, ..work(row, first)? }))
+        rows_changed(text, WORK, &args, |row, first| Ok(Work { id: row.need(1)?, ..work(row, first)? }))
     })?;
     let places: HashMap<i64, usize> = ids.iter().enumerate().map(|(place, id)| (*id, place)).collect();
     works.sort_unstable_by_key(|work| places.get(&work.id).copied());
