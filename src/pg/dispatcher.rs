@@ -100,9 +100,8 @@ impl Dispatcher {
             }
         };
         self.next_look = Instant::now() + began.elapsed() * SPARING;
-        for (place, (role, count)) in waiting.roles.iter().enumerate() {
-            let before: Vec<u32> = waiting.roles.iter().take(place).map(|(role, _)| *role).collect();
-            self.serve_role(*role, *count, &before);
+        for place in 0..waiting.roles.len() {
+            self.serve_role(&waiting.roles, place);
         }
         if waiting.is_limited {
             // Whoever counts and claims keeps others from it.
@@ -150,9 +149,9 @@ impl Dispatcher {
         })
     }
 
-    /// Wakes idle runners of the role, and starts more while jobs are left and places are free. `before` are the roles
-    /// whose jobs come first.
-    fn serve_role(&mut self, role: u32, count: i64, before: &[u32]) {
+    /// Wakes idle runners of the role at this place, and starts more while jobs are left and places are free.
+    fn serve_role(&mut self, roles: &[Wanting], place: usize) {
+        let Some(&Wanting { role, count, .. }) = roles.get(place) else { return };
         let mut left = count;
         for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
             // One that is not waiting has been woken for another job, or is at work.
@@ -164,7 +163,7 @@ impl Dispatcher {
         }
         while left > 0 {
             let Some((index, slot)) = self.shared.reserve_runner(guc::job_workers()) else {
-                self.ask_to_leave(role, before);
+                self.ask_to_leave(roles, place);
                 self.next = self.next.min(Instant::now() + NO_PLACE);
                 return;
             };
@@ -177,7 +176,9 @@ impl Dispatcher {
 
     /// Has a runner of another role or database leave after its job, an idle one if there is one: no role keeps its
     /// places while jobs that come before its own wait, and databases take turns.
-    fn ask_to_leave(&self, role: u32, before: &[u32]) {
+    fn ask_to_leave(&self, roles: &[Wanting], place: usize) {
+        let Some(&Wanting { role, priority, .. }) = roles.get(place) else { return };
+        let before: Vec<u32> = roles.iter().take(place).map(|other| other.role).collect();
         let others = || {
             self.shared.runners().map(|(_, slot)| slot).filter(|slot| {
                 let (theirs, here) = (slot.role.load(Ordering::Acquire), self.is_mine(slot));
@@ -189,6 +190,9 @@ impl Dispatcher {
         }
         let chosen = others().find(|slot| slot.job().is_none()).or_else(|| others().next());
         if let Some(slot) = chosen {
+            let theirs = slot.role.load(Ordering::Acquire);
+            let rival = roles.iter().find(|other| other.role == theirs && self.is_mine(slot));
+            slot.leave_at_once.store(rival.is_some_and(|rival| rival.priority > priority), Ordering::Release);
             slot.leave.store(self.database, Ordering::Release);
             slot.process.wake();
         }
@@ -291,10 +295,16 @@ impl Dispatcher {
     }
 }
 
-/// What waits: roles with jobs for functions, in the order of their first ones, with how many runners they could do with;
-/// lanes of jobs for Odoo.
+/// A role with jobs for functions: with how many runners they could do, and the priority of the first.
+struct Wanting {
+    role: u32,
+    count: i64,
+    priority: i32,
+}
+
+/// What waits: roles with jobs for functions, in the order of their first ones; lanes of jobs for Odoo.
 struct Waiting {
-    roles: Vec<(u32, i64)>,
+    roles: Vec<Wanting>,
     odoo: Vec<Lane>,
     next_start: Option<f64>,
     is_limited: bool,
@@ -309,13 +319,13 @@ fn waiting() -> super::report::Outcome<Waiting> {
     let is_limited = !lanes.is_empty() && !guc::queues().is_empty();
     let (odoo, functions): (Vec<Lane>, Vec<Lane>) = lanes.into_iter().filter(is_open).partition(|lane| lane.is_odoo);
     let most = i64::try_from(guc::job_workers()).unwrap_or(1);
-    let mut roles: Vec<(u32, i64)> = Vec::new();
+    let mut roles: Vec<Wanting> = Vec::new();
     for lane in &functions {
         let open = room.of(&lane.queue).and_then(|room| i64::try_from(room).ok()).unwrap_or(most).min(most);
         let count = jobs::count_due(lane, open)?;
-        match roles.iter_mut().find(|(role, _)| *role == lane.role) {
-            Some((_, jobs)) => *jobs += count,
-            None => roles.push((lane.role, count)),
+        match roles.iter_mut().find(|other| other.role == lane.role) {
+            Some(other) => other.count += count,
+            None => roles.push(Wanting { role: lane.role, count, priority: lane.priority }),
         }
     }
     Ok(Waiting { roles, odoo, next_start, is_limited })

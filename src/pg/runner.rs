@@ -141,28 +141,43 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
     }
 }
 
-/// Runs what was claimed: in company as far as that goes, the rest alone.
+/// Claimed jobs on their way.
+struct Course {
+    /// Not begun.
+    left: VecDeque<Work>,
+    /// To be run alone: they failed in company, or with it.
+    failed: Vec<Work>,
+    /// To be run alone: they took so long that they were stopped.
+    slow: Vec<Work>,
+}
+
+/// Runs what was claimed: in company as far as that goes, the rest alone. Of those that may take long only one is kept, so
+/// that none waits for another while other runners have nothing to do.
 fn run(slot: &RunnerSlot, batch: Batch) {
     let Batch { token, works } = batch;
-    let (mut left, mut alone) = (VecDeque::from(works), Vec::new());
-    while left.len() > 1 && session::can_share() {
-        run_together(slot, &token, &mut left, &mut alone);
+    let mut course = Course { left: VecDeque::from(works), failed: Vec::new(), slow: Vec::new() };
+    // A wish to stop a job would be forgotten with the next one.
+    while course.left.len() > 1 && course.slow.is_empty() && session::can_share() && slot.cancelled().is_none() {
+        run_together(slot, &token, &mut course);
     }
-    alone.extend(left);
+    let Course { left, failed, mut slow } = course;
     // Whom somebody wants to stop comes first: the mark is for the job in the slot.
-    let stopped = slot.cancelled();
-    alone.sort_by_key(|work| Some(work.id) != stopped);
-    for (place, claimed) in alone.iter().enumerate() {
-        let began = Instant::now();
-        slot.begin(claimed.id);
-        work(&Claimed { id: claimed.id, token: token.clone() });
-        session::reset();
-        let has_more = place + 1 < alone.len();
-        if has_more && began.elapsed().as_millis() >= COMPANY as u128 {
-            // They have waited long enough for this one: others may have them.
-            return give_back(&token, claimed.id);
-        }
+    if let Some(place) = slow.iter().position(|work| Some(work.id) == slot.cancelled()) {
+        run_alone(slot, &token, slow.swap_remove(place).id);
     }
+    failed.iter().for_each(|work| run_alone(slot, &token, work.id));
+    let mut others = slow.into_iter().chain(left);
+    let Some(last) = others.next() else { return };
+    if others.next().is_some() {
+        give_back(&token, last.id);
+    }
+    run_alone(slot, &token, last.id);
+}
+
+fn run_alone(slot: &RunnerSlot, token: &jobs::Token, id: i64) {
+    slot.begin(id);
+    work(&Claimed { id, token: token.clone() });
+    session::reset();
 }
 
 fn give_back(token: &jobs::Token, but: i64) {
@@ -171,32 +186,29 @@ fn give_back(token: &jobs::Token, but: i64) {
     }
 }
 
-/// Runs jobs in one transaction, each in a savepoint, until their time is over; what is to be run alone goes there.
-fn run_together(slot: &RunnerSlot, token: &jobs::Token, left: &mut VecDeque<Work>, alone: &mut Vec<Work>) {
+/// Runs jobs in one transaction, each in a savepoint, until their time is over.
+fn run_together(slot: &RunnerSlot, token: &jobs::Token, course: &mut Course) {
     let mut tried = Vec::new();
-    let mut failed = Vec::new();
+    let (mut failed, mut slow) = (Vec::new(), Vec::new());
     let outcome = transaction::run(|| {
         let began = Instant::now();
         let limit = Limit::set(COMPANY);
         let mut results = Vec::new();
         while began.elapsed() < BUDGET && session::can_go_on() {
-            let Some(next) = left.pop_front() else { break };
+            let Some(next) = course.left.pop_front() else { break };
             let id = next.id;
             tried.push(next);
             let Some(next) = tried.last() else { break };
-            if next.timeout.is_some() {
-                failed.push(id);
-                continue;
-            }
             slot.begin(id);
             match transaction::in_savepoint(|| call(next)) {
                 Ok(result) => results.push((id, result)),
+                Err(failure) if failure.code == QUERY_CANCELED => {
+                    slow.push(id);
+                    break;
+                }
                 Err(failure) => {
                     pgrx::debug1!("imbus runs job {id} again, alone: {failure}");
                     failed.push(id);
-                    if failure.code == QUERY_CANCELED {
-                        break;
-                    }
                 }
             }
             session::clear();
@@ -218,7 +230,13 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, left: &mut VecDeque<Work
         pgrx::debug1!("imbus runs jobs one by one that could not be ended together: {failure}");
     }
     let is_done = outcome.is_ok();
-    alone.extend(tried.into_iter().filter(|work| !is_done || failed.contains(&work.id)));
+    for work in tried {
+        match () {
+            () if slow.contains(&work.id) => course.slow.push(work),
+            () if !is_done || failed.contains(&work.id) => course.failed.push(work),
+            () => {}
+        }
+    }
 }
 
 /// Calls a job's function.
@@ -233,12 +251,14 @@ fn work(claimed: &Claimed) {
     if slot().and_then(RunnerSlot::cancelled) == Some(claimed.id) {
         return record(claimed, &Ended::Cancelled);
     }
-    let limit = Cell::new(None);
-    let outcome = transaction::run(|| attempt(claimed, &limit));
+    let (limit, begun) = (Cell::new(None), Cell::new(false));
+    let outcome = transaction::run(|| attempt(claimed, &limit, &begun));
     Limit::lift();
     worker::report_activity(None);
     let Err(failure) = outcome else { return };
     let ended = match slot().and_then(RunnerSlot::cancelled) {
+        // Somebody has locked its row, to cancel it most likely.
+        _ if !begun.get() && failure.code != QUERY_CANCELED => Ended::Interrupted,
         _ if failure.code != QUERY_CANCELED => Ended::Failed(failure),
         Some(id) if id == claimed.id => Ended::Cancelled,
         // It was for the job before.
@@ -285,8 +305,9 @@ fn timed_out(milliseconds: i64) -> Failure {
     }
 }
 
-fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>) -> Outcome<()> {
+fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>, begun: &Cell<bool>) -> Outcome<()> {
     let Some(work) = jobs::lock(claimed)? else { return Ok(()) };
+    begun.set(true);
     let guard = work.timeout.map(|milliseconds| {
         limit.set(Some((Instant::now(), milliseconds)));
         Limit::set(milliseconds)

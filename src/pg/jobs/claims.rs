@@ -113,14 +113,14 @@ pub struct Mark {
 /// A waiting job that this transaction has locked.
 pub struct Locked {
     pub id: i64,
-    /// How often a runner has died in it.
-    pub deaths: i32,
+    /// It is run alone: a runner has died in it, and no other job is to die with it again, or its time is limited.
+    pub is_alone: bool,
 }
 
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction. With them
 /// comes where the next claim may go on.
 pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
-    let text = "SELECT c.id, c.run_at, c.deaths FROM TABLE c
+    let text = "SELECT c.id, c.run_at, c.deaths > 0 OR c.timeout IS NOT NULL FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
@@ -136,8 +136,8 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
         most.into(),
     ];
     let read = |row: &sql::Row| {
-        let (id, deaths) = (row.need(1)?, row.need(3)?);
-        Ok((Locked { id, deaths }, row.get::<TimestampWithTimeZone>(2)?.map(|run_at| Mark { run_at, id })))
+        let (id, is_alone) = (row.need(1)?, row.need(3)?);
+        Ok((Locked { id, is_alone }, row.get::<TimestampWithTimeZone>(2)?.map(|run_at| Mark { run_at, id })))
     };
     let found = along_indexes(|| on_table(&text.replace("KIND", KIND), &args, read))?;
     let last = found.last().and_then(|(_, mark)| mark.clone());

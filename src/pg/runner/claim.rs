@@ -4,6 +4,7 @@ use crate::core::job::Lane;
 use crate::core::pace::Pace;
 use crate::pg::jobs::{self, Locked, Mark, Room, Token, Work};
 use crate::pg::report::Outcome;
+use crate::pg::session;
 use crate::pg::shared::RunnerSlot;
 use crate::pg::transaction;
 use std::sync::atomic::Ordering;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 /// What a look at all lanes leaves to work, in times of what it took.
 const SPARING: u32 = 20;
 
-/// How long a runner goes on whose place others wait for: less than this was hardly worth its start.
+/// How long a runner goes on whose place others wait for, if their jobs do not come before its own: less than this was hardly worth its start.
 const TERM: Duration = Duration::from_millis(50);
 
 /// Claimed jobs, in their order.
@@ -40,7 +41,8 @@ impl Claims {
 
     /// Claims the next jobs. None when there are none that can run, or when the runner is to leave.
     pub fn next(&mut self) -> Option<Batch> {
-        if self.slot.leave.load(Ordering::Acquire) != 0 && self.began.elapsed() >= TERM {
+        let is_over = || self.slot.leave_at_once.load(Ordering::Acquire) || self.began.elapsed() >= TERM;
+        if self.slot.leave.load(Ordering::Acquire) != 0 && is_over() {
             return None;
         }
         match transaction::run(|| self.claim()) {
@@ -105,13 +107,12 @@ impl Claims {
     }
 
     fn size(&self) -> i64 {
-        i64::try_from(self.pace.size()).unwrap_or(1)
+        if session::can_share() { i64::try_from(self.pace.size()).unwrap_or(1) } else { 1 }
     }
 }
 
-/// The jobs that may be claimed together: one in which a runner has died is run alone, so that no other dies with it again.
+/// The jobs that may be claimed together: the first alone, or those up to the next one that is run alone.
 fn alike(locked: &[Locked]) -> Vec<i64> {
-    let alone = locked.first().is_some_and(|first| first.deaths > 0);
-    let together = locked.iter().take_while(|job| job.deaths == 0).map(|job| job.id);
-    if alone { locked.iter().take(1).map(|job| job.id).collect() } else { together.collect() }
+    let alone = locked.first().filter(|first| first.is_alone).map(|first| vec![first.id]);
+    alone.unwrap_or_else(|| locked.iter().take_while(|job| !job.is_alone).map(|job| job.id).collect())
 }

@@ -39,6 +39,8 @@ pub struct RunnerSlot {
     pub is_waiting: AtomicBool,
     /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
     pub leave: AtomicU32,
+    /// These jobs come before its own: it does not finish its term.
+    pub leave_at_once: AtomicBool,
     pub process: Process,
     message: [AtomicU8; MESSAGE],
 }
@@ -56,6 +58,7 @@ impl Default for RunnerSlot {
             since: AtomicI64::new(0),
             is_waiting: AtomicBool::new(false),
             leave: AtomicU32::new(0),
+            leave_at_once: AtomicBool::new(false),
             process: Process::default(),
             message: [const { AtomicU8::new(0) }; MESSAGE],
         }
