@@ -1,5 +1,6 @@
 //! The network between imbus and Odoo, which can be cut.
 
+use super::common::PATIENCE;
 use socket2::SockRef;
 use std::collections::HashMap;
 use std::io::{Read, Write};
@@ -23,7 +24,7 @@ struct State {
     mode: Mode,
     lines: HashMap<u64, (TcpStream, Option<TcpStream>)>,
     next: u64,
-    /// Connections on which something was lost.
+    /// How often something was lost.
     losses: usize,
 }
 
@@ -49,14 +50,18 @@ impl Wire {
         wire
     }
 
-    /// Loses what is said until it is lost on some connection; then all connections are reset, and new ones go through.
+    /// Loses what is said on connections made from now on.
     pub fn lose(&self, mode: Mode) {
         let mut state = self.state.0.lock().unwrap();
-        state.mode = mode;
-        let before = state.losses;
-        let (mut state, waited) =
-            self.state.1.wait_timeout_while(state, Duration::from_secs(30), |state| state.losses == before).unwrap();
-        assert!(!waited.timed_out(), "nothing was said to be lost ({mode:?})");
+        (state.mode, state.losses) = (mode, 0);
+    }
+
+    /// Once something has been lost, new connections go through, and those that there are are reset.
+    pub fn heal(&self) {
+        let state = self.state.0.lock().unwrap();
+        let is_waiting = |state: &mut State| state.losses == 0;
+        let (mut state, waited) = self.state.1.wait_timeout_while(state, PATIENCE, is_waiting).unwrap();
+        assert!(!waited.timed_out(), "nothing was said that could be lost ({:?})", state.mode);
         state.mode = Mode::Through;
         drop(state);
         self.reset();
