@@ -1,6 +1,6 @@
-//! Whatever is killed, cut or restarted while jobs run: each takes effect exactly once where effect and end are one commit,
-//! at least once elsewhere, with late answers refused; none is stuck. What was enqueued and what took effect are compared.
-//! IMBUS_JOBS and IMBUS_BLOWS set how many (`make soak`), IMBUS_SEED repeats a run's choices.
+//! Whatever is killed, cut or restarted while jobs run: each takes effect exactly once where effect and end are one
+//! commit, at least once elsewhere, with late answers refused; none is stuck. What was enqueued and what took effect are
+//! compared. IMBUS_JOBS and IMBUS_BLOWS set how many (`make soak`), IMBUS_SEED repeats a run's choices.
 
 mod common;
 mod odoo_runner;

@@ -8,8 +8,8 @@ use postgres::Client;
 /// Jobs enqueued in one transaction.
 pub const BATCH: usize = 50;
 
-/// Effect, result and state of job `n` can be told from `n`: every hundredth fails twice, some take a while, every second
-/// has a result.
+/// Effect, result and state of job `n` can be told from `n`: every hundredth fails twice, some take a while, every
+/// second has a result.
 pub const SETUP: &str = "
     CREATE TABLE effect (n int);
     CREATE ROLE ann LOGIN;
@@ -37,8 +37,8 @@ fn session(cluster: &Cluster, database: &str, role: &str) -> Client {
     reach_with(cluster, database, &format!("SET application_name = 'enqueuer'; SET ROLE {role}"))
 }
 
-/// Enqueues the batches that it is given. What it does not know to be committed it looks for, and enqueues again if it is
-/// not there. Before each it rolls back another one.
+/// Enqueues the batches that it is given. What it does not know to be committed it looks for, and enqueues again if it
+/// is not there. Before each it rolls back another one.
 pub fn enqueue(cluster: &Cluster, database: &str, role: &str, batches: &Receiver<usize>) {
     let mut sql = session(cluster, database, role);
     for batch in batches {

@@ -73,7 +73,7 @@ impl Runner<'_> {
         *client = self.session();
     }
 
-    /// Answers; the session may be another one from some job on, whether or not the claims have been given back by then.
+    /// Answers, from some job on in another session, whether or not the claims have been given back by then.
     fn answer_all(&self, client: &mut Client, claims: &[Claim], lost_at: usize) {
         for (place, claim) in claims.iter().enumerate() {
             if place == lost_at {
@@ -87,7 +87,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Even jobs take effect in the transaction that ends them, odd ones in the world outside before. False when refused.
+    /// Even jobs take effect in the transaction that ends them, odd ones in the world outside before. False if refused.
     fn answer(&self, client: &mut Client, claim: &Claim) -> Result<bool, Error> {
         let mut transaction = client.transaction()?;
         if claim.n % 2 == 0 {

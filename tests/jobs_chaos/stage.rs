@@ -18,8 +18,8 @@ pub fn jobs() -> usize {
     setting("IMBUS_JOBS", JOBS)
 }
 
-/// Each may be the death of all that runs. A fifth on the same job would end it, but comes only when far more jobs have
-/// ended than had died: those are the first to be run again, each alone.
+/// Each may be the death of all that runs. Five deaths would end a job, but none sees so many: before the next blow some
+/// more jobs have to end, and those that have died are run first, each alone.
 pub fn blows() -> usize {
     setting("IMBUS_BLOWS", BLOWS)
 }
