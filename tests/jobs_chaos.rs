@@ -43,9 +43,12 @@ fn jobs_for_functions_take_effect_exactly_once_whatever_is_killed() {
         }
         // Share by share, each with a blow in its midst, so that none strikes when all is over.
         for (number, blow) in blows::series(blows, &mut random).into_iter().enumerate() {
-            (number * share..(number + 1) * share).for_each(|batch| give.send(batch).unwrap());
-            have_ended(&cluster, database, (number * 100 + 10 + random.below(50)) * share * BATCH / 100);
+            let (first, half, end) = (number * share, number * share + share.div_ceil(2), (number + 1) * share);
+            (first..half).for_each(|batch| give.send(batch).unwrap());
+            have_ended(&cluster, database, (number * 100 + 10 + random.below(30)) * share * BATCH / 100);
             println!("{blow:?}");
+            // It shall find some who enqueue.
+            (half..end).for_each(|batch| give.send(batch).unwrap());
             strike(&cluster, database, blow);
         }
     });

@@ -46,14 +46,23 @@ pub fn enqueue(cluster: &Cluster, database: &str, role: &str, batches: &Receiver
             sql = session(cluster, database, role);
         }
         let (first, last) = ((batch * BATCH + 1) as i32, ((batch + 1) * BATCH) as i32);
-        while sql.query_one(ENQUEUE, &[&first, &last]).is_err() {
+        while enqueue_one(&mut sql, first, last).is_err() {
             let is_in = is_committed(cluster, database, first);
+            println!("cut off while it enqueued from {first}, committed: {is_in}");
             sql = session(cluster, database, role);
             if is_in {
                 break;
             }
         }
     }
+}
+
+/// Stays open for a moment, so that blows find it so.
+fn enqueue_one(sql: &mut Client, first: i32, last: i32) -> Result<(), postgres::Error> {
+    let mut transaction = sql.transaction()?;
+    transaction.query_one(ENQUEUE, &[&first, &last])?;
+    transaction.query_one("SELECT pg_sleep(0.01)", &[])?;
+    transaction.commit()
 }
 
 fn roll_back(sql: &mut Client, batch: usize) -> Result<(), postgres::Error> {
