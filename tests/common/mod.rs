@@ -266,7 +266,7 @@ impl Cluster {
     fn stop(&self) {
         let pid = std::fs::read_to_string(self.dir.join("data/postmaster.pid"));
         if let Some(pid) = pid.ok().and_then(|text| text.lines().next().map(str::to_owned)) {
-            if !signal(pid.parse().unwrap_or(0), libc::SIGQUIT) {
+            if !try_signal(pid.parse().unwrap_or(0), libc::SIGQUIT) {
                 eprintln!("process {pid} of {} could not be stopped", self.dir.display());
             }
             let path = PathBuf::from(format!("/proc/{pid}"));
@@ -293,16 +293,16 @@ pub fn refusal(result: Result<Vec<postgres::Row>, postgres::Error>) -> String {
 
 /// Ends a process as the kernel would.
 pub fn kill_9(pid: i32) {
-    assert!(signal(pid, libc::SIGKILL), "process {pid}");
+    assert!(try_signal(pid, libc::SIGKILL), "process {pid}");
 }
 
 /// Sends a signal to one process of a private cluster.
 pub fn signal_to(pid: i32, number: i32) {
-    assert!(signal(pid, number), "process {pid}");
+    assert!(try_signal(pid, number), "process {pid}");
 }
 
 /// Sends a signal to one process of a private cluster; whether it could.
-fn signal(pid: i32, signal: i32) -> bool {
+pub fn try_signal(pid: i32, signal: i32) -> bool {
     // SAFETY: no memory is touched; the pid was just read from the cluster itself.
     pid > 1 && unsafe { libc::kill(pid, signal) } == 0
 }
