@@ -79,6 +79,24 @@ fn an_odoo_that_is_down_costs_no_attempt_and_no_death() {
 }
 
 #[test]
+fn a_front_that_takes_calls_for_an_odoo_that_is_down_costs_no_job() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 2"]);
+    let mut sql = cluster.database("jo_front");
+    odoo.be_deaf(true);
+    let jobs: Vec<i64> = (0..20).map(|_| enqueue(&mut sql, "write", "")).collect();
+    eventually("it was asked again and again", || odoo.turned_away() >= 5);
+    assert_eq!(value(&mut sql, "SELECT count(*) FROM ir_async WHERE state = 'failed'"), json!(0));
+    let deaths = value(&mut sql, "SELECT sum(deaths) FROM ir_async").as_i64().unwrap();
+    assert!(deaths <= 2, "only what was under way: {deaths}");
+    odoo.connect(cluster.connect("jo_front"));
+    odoo.be_deaf(false);
+    for id in jobs {
+        comes_to(&mut sql, id, "succeeded");
+    }
+}
+
+#[test]
 fn a_job_ends_with_its_connection_and_fails_after_the_fifth_death() {
     let odoo = OdooRunner::start();
     let cluster = cluster(&odoo, &[]);

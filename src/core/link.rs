@@ -33,7 +33,8 @@ pub enum Event {
     Recovered { request: u64, notifications: Vec<Notification>, more: bool },
     /// The answer to [`Command::Query`].
     Answered { query: u64, answer: Answer },
-    /// A job that is claimed for Odoo: call it there. Answered by [`Command::Called`], unless the link ends before.
+    /// A job that is claimed for Odoo: call it there. Answered by [`Command::Called`], unless the link ends before. The id 0
+    /// is no job's and asks whether Odoo is there.
     Call { call: u64, id: i64, token: String },
     /// JSON lists of channels to NOTIFY in the listen database on behalf of the writers, one entry per payload.
     Emit { payloads: Vec<String> },
@@ -76,8 +77,12 @@ pub enum Called {
     Lost,
     /// Odoo was not reached, or does not know what to do: the job was not begun, and why.
     Refused(String),
-    /// The call was broken off, or answered by an error: whether the job was begun is not known, and why.
+    /// Odoo says that this is no call of a job: it is there.
+    Alive,
+    /// The call was answered by an error: the job has ended there, and why.
     Died(String),
+    /// The call was broken off: whether the job was begun is not known, and why.
+    Broken(String),
 }
 
 /// What a database worker can be asked on behalf of one client.

@@ -52,6 +52,7 @@ pub fn ran(status: u16) -> Called {
     match status {
         200 => Called::Settled,
         409 => Called::Lost,
+        400 => Called::Alive,
         404 => Called::Refused("it has no add-on imbus for this database".to_owned()),
         300..500 | 502..=504 => Called::Refused(format!("it answers with status {status}")),
         _ => Called::Died(format!("it answers with status {status}")),

@@ -327,7 +327,7 @@ impl Odoo {
         let Some((link, call)) = self.jobs.remove(&ticket) else { return };
         let outcome = match result {
             Ok(reply) => odoo::ran(reply.status),
-            Err(fault) if fault.is_begun => Called::Died(fault.reason),
+            Err(fault) if fault.is_begun => Called::Broken(fault.reason),
             Err(fault) => Called::Refused(fault.reason),
         };
         self.tell_link(link, call, outcome);

@@ -246,6 +246,7 @@ impl Dispatcher {
         for (index, slot) in self.mine().collect::<Vec<_>>() {
             // Launched by an earlier life of this worker and never come up.
             let lost = slot.state() == RunnerState::Reserved
+                && !self.handles.contains_key(&index)
                 && slot.process.pid() == 0
                 && worker::now().saturating_sub(slot.since.load(Ordering::Relaxed)) > STARTING_MAX;
             let gone = slot.state() == RunnerState::Exited

@@ -25,6 +25,11 @@ pub struct OdooJobs {
     database: u32,
     calls: HashMap<u64, Claimed>,
     next_call: u64,
+    /// A call was broken off: a front that takes calls for an Odoo that is down breaks off all of them, and no job is to die of
+    /// that. So Odoo is asked whether it is there before the next job.
+    is_doubtful: bool,
+    /// That question, on its way.
+    probe: Option<u64>,
     /// Odoo was not reached: not before this time, and how long the last pause was.
     pause: Option<(Instant, Duration)>,
     complaint: String,
@@ -33,7 +38,16 @@ pub struct OdooJobs {
 impl OdooJobs {
     /// None yet. What an earlier worker has claimed is found as orphans.
     pub fn new(shared: &'static Shared, database: u32) -> OdooJobs {
-        OdooJobs { shared, database, calls: HashMap::new(), next_call: 0, pause: None, complaint: String::new() }
+        OdooJobs {
+            shared,
+            database,
+            calls: HashMap::new(),
+            next_call: 0,
+            is_doubtful: false,
+            probe: None,
+            pause: None,
+            complaint: String::new(),
+        }
     }
 
     /// Whether Odoo works on this job by this token.
@@ -49,6 +63,14 @@ impl OdooJobs {
             return (calls, Some(until));
         }
         if lanes.is_empty() {
+            return (calls, None);
+        }
+        if self.is_doubtful {
+            if self.probe.is_none() {
+                self.next_call += 1;
+                self.probe = Some(self.next_call);
+                calls.push(Event::Call { call: self.next_call, id: 0, token: String::new() });
+            }
             return (calls, None);
         }
         loop {
@@ -79,17 +101,33 @@ impl OdooJobs {
 
     /// A call has ended.
     pub fn called(&mut self, call: u64, outcome: &Called) {
+        if self.probe == Some(call) {
+            return self.probed(outcome);
+        }
         let Some(claimed) = self.calls.remove(&call) else { return };
         self.shared.leave_odoo(self.database);
         match outcome {
-            Called::Settled | Called::Lost | Called::Died(_) => {
-                self.pause = None;
-                self.complaint.clear();
-            }
+            Called::Settled | Called::Lost | Called::Died(_) => self.is_there(),
             Called::Refused(reason) => self.rest(reason),
+            Called::Broken(_) => self.is_doubtful = true,
+            Called::Alive => self.rest("it does not take the job for one"),
         }
         // Odoo has settled it in its own transaction; where it has not, the row is as it was.
-        give_back(&claimed, !matches!(outcome, Called::Refused(_)));
+        give_back(&claimed, !matches!(outcome, Called::Refused(_) | Called::Alive));
+    }
+
+    /// Whether Odoo is there.
+    fn probed(&mut self, outcome: &Called) {
+        self.probe = None;
+        match outcome {
+            Called::Refused(reason) | Called::Broken(reason) => self.rest(reason),
+            Called::Settled | Called::Lost | Called::Died(_) | Called::Alive => self.is_there(),
+        }
+    }
+
+    fn is_there(&mut self) {
+        (self.is_doubtful, self.pause) = (false, None);
+        self.complaint.clear();
     }
 
     /// Leaves Odoo alone for a while, longer each time.
@@ -125,6 +163,7 @@ impl OdooJobs {
 
     /// Nobody will hear how the calls end: their jobs are given back, whose tokens keep off what Odoo may still do.
     pub fn give_back_all(&mut self) {
+        self.probe = None;
         for (_, claimed) in self.calls.drain() {
             self.shared.leave_odoo(self.database);
             give_back(&claimed, false);

@@ -43,6 +43,9 @@ struct State {
     settle: Option<&'static str>,
     connections: Vec<TcpStream>,
     is_down: bool,
+    /// Connections are taken and closed at once, as a front does whose Odoo is down.
+    is_deaf: bool,
+    turned_away: usize,
     has_let_go: bool,
     under_way: usize,
     most: usize,
@@ -79,6 +82,16 @@ impl OdooRunner {
 
     pub fn does(&self, method: &str, what: Does) {
         self.with(|state| state.does.insert(method.to_owned(), what));
+    }
+
+    /// Takes connections and closes them, or does not any more.
+    pub fn be_deaf(&self, is_deaf: bool) {
+        self.with(|state| state.is_deaf = is_deaf);
+    }
+
+    /// How many connections were closed so.
+    pub fn turned_away(&self) -> usize {
+        self.with(|state| state.turned_away)
     }
 
     pub fn let_go(&self) {
@@ -167,7 +180,18 @@ impl OdooRunner {
 
     /// One call on one connection, as Odoo's workers do.
     fn serve(&self, mut stream: TcpStream) {
+        if self.with(|state| {
+            state.turned_away += usize::from(state.is_deaf);
+            state.is_deaf
+        }) {
+            return;
+        }
         let Some((head, body)) = read(&stream) else { return };
+        if body["id"] == 0 {
+            // No job's: the add-on says so, and is there.
+            let _ = write!(stream, "HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{{}}");
+            return;
+        }
         let (database, id) = (body["db"].as_str().unwrap().to_owned(), body["id"].as_i64().unwrap());
         let token = body["token"].as_str().unwrap().to_owned();
         let client = self.with(|state| state.databases.get(&database).cloned());
