@@ -2,45 +2,71 @@
 //! role, never as anybody more.
 
 use super::catalog::{Remembered, remembered};
-use super::datum::{JsonbText, Text};
+use super::datum::{Jsonb, JsonbText, Text};
 use super::report::{Outcome, report};
 use super::sql;
 use super::transaction::{safely, set_local};
-use crate::core::error::shown;
+use crate::core::error::{Error, shown};
 use crate::core::job::{self, Candidate, Mismatch, Parameter, Returns};
 use crate::core::json;
 use pgrx::prelude::*;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::rc::Rc;
 
+/// How a function is to be called: how many positional arguments, and the names of the others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    positional: usize,
+    names: Vec<String>,
+}
+
+impl Shape {
+    /// That of `args` (a JSON array) and `kwargs` (a JSON object). Errors: 22023.
+    pub fn of(args: &Jsonb, kwargs: &Jsonb) -> Outcome<Shape> {
+        let positional = args.array_len().ok_or_else(|| not_arguments("args", args.text()))?;
+        let names = match kwargs.object_len().ok_or_else(|| not_arguments("kwargs", kwargs.text()))? {
+            0 => Vec::new(),
+            _ => {
+                let text = kwargs.text();
+                let named: BTreeMap<String, IgnoredAny> =
+                    serde_json::from_str(&text).map_err(|_| not_arguments("kwargs", text.clone()))?;
+                named.into_keys().collect()
+            }
+        };
+        Ok(Shape { positional, names })
+    }
+}
+
+fn not_arguments(argument: &'static str, value: String) -> Error {
+    let kind = if argument == "args" { "array" } else { "object" };
+    Error::Argument { argument, value, reason: format!("it must be a JSON {kind}") }
+}
+
 /// The arguments of a job: positional ones and named ones, each as JSON text.
 pub struct Arguments {
-    pub args: Vec<String>,
-    pub kwargs: Vec<(String, String)>,
+    args: Vec<String>,
+    kwargs: Vec<(String, String)>,
 }
 
 impl Arguments {
     /// Reads `args` (a JSON array) and `kwargs` (a JSON object). Errors: 22023.
     pub fn parse(args: &str, kwargs: &str) -> Outcome<Arguments> {
-        let wrong = |argument: &'static str, value: &str, reason: &str| crate::core::error::Error::Argument {
-            argument,
-            value: value.to_owned(),
-            reason: reason.to_owned(),
-        };
-        let positional = json::elements(args)?.ok_or_else(|| wrong("args", args, "it must be a JSON array"))?;
+        let positional = json::elements(args)?.ok_or_else(|| not_arguments("args", args.to_owned()))?;
         let named: BTreeMap<String, Box<RawValue>> =
-            serde_json::from_str(kwargs).map_err(|_| wrong("kwargs", kwargs, "it must be a JSON object"))?;
+            serde_json::from_str(kwargs).map_err(|_| not_arguments("kwargs", kwargs.to_owned()))?;
         Ok(Arguments {
             args: positional.into_iter().map(str::to_owned).collect(),
             kwargs: named.into_iter().map(|(name, value)| (name, value.get().to_owned())).collect(),
         })
     }
 
-    fn names(&self) -> Vec<String> {
-        self.kwargs.iter().map(|(name, _)| name.clone()).collect()
+    fn shape(&self) -> Shape {
+        let names = self.kwargs.iter().map(|(name, _)| name.clone()).collect();
+        Shape { positional: self.args.len(), names }
     }
 
     fn object(&self) -> String {
@@ -113,14 +139,14 @@ fn read(row: &sql::Row) -> Outcome<Found> {
 
 /// The signature of the function that `target` (`name` or `schema.name`) means for the caller, now. Errors: 42883 when
 /// none takes the arguments, 42725 when several do, 42501 when the caller may not execute it, 42602 for a bad name.
-pub fn resolve(target: &str, arguments: &Arguments) -> Outcome<String> {
+pub fn resolve(target: &str, shape: &Shape) -> Outcome<String> {
     let (schemas, name) = parse_name(target)?;
     let found = find(BY_NAME, &[Text(name).into(), schemas.into()])?;
     let mut schema_names: Vec<&str> = found.iter().map(|f| f.schema.as_str()).collect();
     schema_names.dedup();
     for schema in schema_names {
         let here: Vec<Candidate> = found.iter().filter(|f| f.schema == schema).map(|f| f.candidate.clone()).collect();
-        match job::choose(&here, arguments.args.len(), &arguments.names()) {
+        match job::choose(&here, shape.positional, &shape.names) {
             Ok(chosen) => {
                 let allowed = found.iter().any(|f| f.candidate == *chosen && f.executable);
                 return if allowed { Ok(chosen.signature.clone()) } else { Err(denied(&chosen.signature)) };
@@ -129,7 +155,7 @@ pub fn resolve(target: &str, arguments: &Arguments) -> Outcome<String> {
             Err(Mismatch::Ambiguous(several)) => return Err(ambiguous(target, &several)),
         }
     }
-    Err(unknown(target, arguments))
+    Err(unknown(target, shape))
 }
 
 /// The schemas to look in (the search_path's when the name has none; never pg_temp, as PostgreSQL itself) and the name.
@@ -177,11 +203,11 @@ fn ambiguous(target: &str, several: &[String]) -> pgrx::pg_sys::panic::ErrorRepo
     )
 }
 
-fn unknown(target: &str, arguments: &Arguments) -> pgrx::pg_sys::panic::ErrorReport {
+fn unknown(target: &str, shape: &Shape) -> pgrx::pg_sys::panic::ErrorReport {
     report(
         PgSqlErrorCode::ERRCODE_UNDEFINED_FUNCTION,
         &format!("function \"{}\" does not exist for these arguments", shown(target)),
-        &format!("{} positional arguments, named: [{}]", arguments.args.len(), arguments.names().join(", ")),
+        &format!("{} positional arguments, named: [{}]", shape.positional, shape.names.join(", ")),
         "Name a function in the search_path, or schema.name; procedures, variadic and polymorphic functions cannot be \
          jobs.",
     )
@@ -193,11 +219,9 @@ struct Prepared {
     returns: Returns,
 }
 
-/// Signature, positional arguments, names of the others.
-type Shape = (String, usize, Vec<String>);
-
 thread_local! {
-    static PREPARED: RefCell<Remembered<Shape, Rc<Prepared>>> = RefCell::default();
+    /// By signature and shape.
+    static PREPARED: RefCell<Remembered<(String, Shape), Rc<Prepared>>> = RefCell::default();
 }
 
 /// Calls a stored signature as the current user with the given search_path: the result as JSON text, None for void or
@@ -217,17 +241,16 @@ pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome
 /// How the function is called; remembered while nothing changes in the catalogs. The right to call it is checked by each
 /// call.
 fn prepare(signature: &str, arguments: &Arguments) -> Outcome<Rc<Prepared>> {
-    let shape = (signature.to_owned(), arguments.args.len(), arguments.names());
-    remembered(&PREPARED, shape, |(signature, positional, names)| {
+    remembered(&PREPARED, (signature.to_owned(), arguments.shape()), |(signature, shape)| {
         let oid = safely(|| {
             let text = "SELECT $1::pg_catalog.regprocedure::oid";
             sql::first(text, &[Text(signature.clone()).into()], |row| row.get::<pg_sys::Oid>(1))
         })?;
         let found = find(BY_OID, &[oid.flatten().unwrap_or(pg_sys::InvalidOid).into()])?;
         let Some(candidate) = found.into_iter().next().map(|f| f.candidate) else {
-            return Err(unknown(signature, arguments));
+            return Err(unknown(signature, shape));
         };
-        let statement = job::call_statement(&candidate, *positional, names);
+        let statement = job::call_statement(&candidate, shape.positional, &shape.names);
         Ok(Rc::new(Prepared { statement, returns: candidate.returns }))
     })
 }

@@ -1,5 +1,5 @@
-//! `text` and `jsonb` as Rust strings, converted between the database's encoding and UTF-8. jsonb stays text: a parsed
-//! value would lose big numbers.
+//! `text` and `jsonb` as Rust strings, converted between the database's encoding and UTF-8. jsonb stays text, as a parsed
+//! value would lose big numbers, or is handed on as it is stored.
 
 use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
 use pgrx::datum::UnboxDatum;
@@ -9,15 +9,59 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::{FromDatum, IntoDatum};
+use std::borrow::Cow;
 use std::ffi::{CStr, CString, c_char, c_int};
 
 /// A `text` or `varchar` value in UTF-8.
 #[derive(Clone, Debug)]
 pub struct Text(pub String);
 
+/// A `text` value of somebody else's.
+#[derive(Clone, Copy, Debug)]
+pub struct Str<'a>(pub &'a str);
+
 /// A `jsonb` value as its text in UTF-8.
 #[derive(Clone, Debug)]
 pub struct JsonbText(pub String);
+
+/// A `jsonb` value as it is stored: with a varlena header of four bytes, uncompressed.
+#[derive(Clone, Debug)]
+pub struct Jsonb(Box<[u32]>);
+
+impl Jsonb {
+    /// The value of a JSON text in UTF-8. Raises what PostgreSQL raises for one that jsonb cannot hold.
+    pub fn parse(text: &str) -> Jsonb {
+        let datum = JsonbText(text.to_owned()).into_datum();
+        // SAFETY: just made.
+        datum.and_then(|datum| unsafe { Jsonb::from_datum(datum, false) }).unwrap_or_else(|| Jsonb(Box::default()))
+    }
+
+    /// As JSON text in UTF-8.
+    pub fn text(&self) -> String {
+        // SAFETY: what stands here is a jsonb.
+        unsafe { JsonbText::from_datum(Datum::from(self.0.as_ptr()), false) }.map(|json| json.0).unwrap_or_default()
+    }
+
+    /// How many elements the array has; None when it is none.
+    pub fn array_len(&self) -> Option<usize> {
+        self.len_of(pg_sys::JB_FARRAY).filter(|_| self.header() & pg_sys::JB_FSCALAR == 0)
+    }
+
+    /// How many members the object has; None when it is none.
+    pub fn object_len(&self) -> Option<usize> {
+        self.len_of(pg_sys::JB_FOBJECT)
+    }
+
+    /// Of the container at the root (utils/jsonb.h).
+    fn header(&self) -> u32 {
+        self.0.get(1).copied().unwrap_or(0)
+    }
+
+    fn len_of(&self, kind: u32) -> Option<usize> {
+        let is_kind = self.header() & kind != 0;
+        is_kind.then(|| usize::try_from(self.header() & pg_sys::JB_CMASK).unwrap_or(0))
+    }
+}
 
 /// Bytes in the server's encoding as UTF-8. Raises 22P05 where PostgreSQL cannot convert.
 fn to_utf8(bytes: &[u8]) -> String {
@@ -39,17 +83,21 @@ fn to_utf8(bytes: &[u8]) -> String {
 }
 
 /// UTF-8 as bytes in the server's encoding. Raises 22P05 where PostgreSQL cannot convert.
-fn from_utf8(text: &str) -> Vec<u8> {
+fn from_utf8(text: &str) -> Cow<'_, [u8]> {
     let utf8 = pg_sys::pg_enc::PG_UTF8 as c_int;
     // SAFETY: as in `to_utf8`.
     unsafe {
         if pg_sys::GetDatabaseEncoding() == utf8 {
-            return text.as_bytes().to_vec();
+            return Cow::Borrowed(text.as_bytes());
         }
         let len = c_int::try_from(text.len()).unwrap_or(c_int::MAX);
         let from = text.as_ptr().cast::<c_char>();
         let to = pg_sys::pg_any_to_server(from, len, utf8);
-        if std::ptr::eq(to, from) { text.as_bytes().to_vec() } else { CStr::from_ptr(to).to_bytes().to_vec() }
+        if std::ptr::eq(to, from) {
+            Cow::Borrowed(text.as_bytes())
+        } else {
+            Cow::Owned(CStr::from_ptr(to).to_bytes().to_vec())
+        }
     }
 }
 
@@ -87,9 +135,59 @@ impl FromDatum for JsonbText {
     }
 }
 
+impl FromDatum for Jsonb {
+    unsafe fn from_polymorphic_datum(datum: Datum, is_null: bool, _: pg_sys::Oid) -> Option<Jsonb> {
+        // SAFETY: the caller passes a jsonb; detoasted, it has a header of four bytes, which says how long it is, and is
+        // aligned like one. What lies behind its last word is padded.
+        (!is_null).then(|| unsafe {
+            let varlena = pg_sys::pg_detoast_datum(datum.cast_mut_ptr());
+            let length = pgrx::varlena::varsize_any(varlena);
+            let mut words = vec![0_u32; length.div_ceil(size_of::<u32>())].into_boxed_slice();
+            std::ptr::copy_nonoverlapping(varlena.cast::<u8>(), words.as_mut_ptr().cast::<u8>(), length);
+            Jsonb(words)
+        })
+    }
+}
+
+impl IntoDatum for Jsonb {
+    fn into_datum(self) -> Option<Datum> {
+        (&self).into_datum()
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::JSONBOID
+    }
+}
+
+impl IntoDatum for &Jsonb {
+    fn into_datum(self) -> Option<Datum> {
+        let length = size_of_val(&*self.0);
+        // SAFETY: a copy of as many bytes.
+        unsafe {
+            let copy = pg_sys::palloc(length).cast::<u8>();
+            std::ptr::copy_nonoverlapping(self.0.as_ptr().cast::<u8>(), copy, length);
+            Some(Datum::from(copy))
+        }
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::JSONBOID
+    }
+}
+
 impl IntoDatum for Text {
     fn into_datum(self) -> Option<Datum> {
-        let bytes = from_utf8(&self.0);
+        Str(&self.0).into_datum()
+    }
+
+    fn type_oid() -> pg_sys::Oid {
+        pg_sys::TEXTOID
+    }
+}
+
+impl IntoDatum for Str<'_> {
+    fn into_datum(self) -> Option<Datum> {
+        let bytes = from_utf8(self.0);
         // SAFETY: cstring_to_text_with_len copies `len` bytes.
         unsafe {
             let len = c_int::try_from(bytes.len()).unwrap_or(c_int::MAX);
@@ -106,7 +204,7 @@ impl IntoDatum for JsonbText {
     fn into_datum(self) -> Option<Datum> {
         // JSON text holds no NUL (json::check); one that did would be cut and refused by jsonb_in.
         let bytes = from_utf8(&self.0);
-        let text = CString::new(bytes).unwrap_or_else(|_| CString::from(c""));
+        let text = CString::new(bytes.into_owned()).unwrap_or_else(|_| CString::from(c""));
         // SAFETY: jsonb_in reads a C string in the server's encoding and answers a palloc'd jsonb, or raises.
         unsafe { pgrx::direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(Datum::from(text.as_ptr()))]) }
     }
@@ -151,3 +249,4 @@ macro_rules! sql_type {
 
 sql_type!(Text, "text");
 sql_type!(JsonbText, "jsonb");
+sql_type!(Jsonb, "jsonb");

@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// The look-out for jobs nobody announced (prepared transactions, restored rows).
-const LOOKOUT: Duration = Duration::from_secs(5);
+pub const LOOKOUT: Duration = Duration::from_secs(5);
 /// How soon a dispatcher that found no place tries again.
 const NO_PLACE: Duration = Duration::from_millis(200);
 /// A runner registered this long ago that has not come up is counted as lost (microseconds).

@@ -71,6 +71,19 @@ pub unsafe fn attribute(descriptor: pg_sys::TupleDesc, index: c_int) -> *const p
     }
 }
 
+/// Empties a slot (ExecClearTuple of executor/tuptable.h).
+///
+/// # Safety
+/// A valid slot.
+pub unsafe fn clear(slot: *mut pg_sys::TupleTableSlot) {
+    // SAFETY: the caller's; every kind of slot has this operation.
+    unsafe {
+        if let Some(clear) = (*(*slot).tts_ops).clear {
+            guarded(|| clear(slot));
+        }
+    }
+}
+
 /// The cells of a list.
 ///
 /// # Safety

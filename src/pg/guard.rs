@@ -8,9 +8,6 @@ use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_void};
 
-/// Relations below this OID are PostgreSQL's own (access/transam.h, FirstNormalObjectId).
-const FIRST_NORMAL: u32 = 16384;
-
 thread_local! {
     /// The relations that may be read besides imbus's own; None while nothing is guarded.
     static ALLOWED: RefCell<Option<[pg_sys::Oid; 2]>> = const { RefCell::new(None) };
@@ -103,7 +100,9 @@ unsafe extern "C-unwind" fn strays(node: *mut pg_sys::Node, context: *mut c_void
 }
 
 fn is_allowed(relation: pg_sys::Oid) -> bool {
-    if u32::from(relation) < FIRST_NORMAL || ALLOWED.with_borrow(|list| list.is_some_and(|l| l.contains(&relation))) {
+    if u32::from(relation) < pg_sys::FirstNormalObjectId
+        || ALLOWED.with_borrow(|list| list.is_some_and(|l| l.contains(&relation)))
+    {
         return true;
     }
     // SAFETY: catalog look-ups inside a transaction.

@@ -1,8 +1,8 @@
 //! The jobs in SQL: thin wrappers. Their SQL declarations, with the comments users read, stand in sql/imbus--*.sql.
 
-use super::call::{self, Arguments};
+use super::call::{self, Shape};
 use super::catalog::{Remembered, remembered};
-use super::datum::{JsonbText, Text};
+use super::datum::{Jsonb, JsonbText, Text};
 use super::functions::{channel, filled, given};
 use super::jobs::{Claimed, Failed, Model};
 use super::report::{Outcome, not_preloaded, report};
@@ -11,7 +11,6 @@ use super::{guc, jobs, sessions, shared, sql};
 use crate::core::channel::Channel;
 use crate::core::error::Error;
 use crate::core::job;
-use crate::core::json;
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use std::cell::RefCell;
@@ -30,7 +29,7 @@ pub(super) struct Options {
     pub(super) model: Option<Text>,
     pub(super) res_ids: Option<Vec<Option<i64>>>,
     pub(super) user_id: Option<i32>,
-    pub(super) context: Option<JsonbText>,
+    pub(super) context: Option<Jsonb>,
     pub(super) su: Option<bool>,
 }
 
@@ -46,7 +45,7 @@ impl Options {
         }
         let res_ids = self.res_ids.take().map(|ids| {
             let ids: Vec<String> = ids.into_iter().flatten().map(|id| id.to_string()).collect();
-            format!("[{}]", ids.join(","))
+            Jsonb::parse(&format!("[{}]", ids.join(",")))
         });
         Ok(Model { name, res_ids, su: self.su })
     }
@@ -58,8 +57,8 @@ pub(super) struct Call {
     search_path: String,
 }
 
-/// A target as it is asked for: its text, how many positional arguments, the names of the others, search_path, role.
-type Asked = (String, usize, Vec<String>, String, pg_sys::Oid);
+/// A target as it is asked for: its text, how it is called, search_path, role.
+type Asked = (String, Shape, String, pg_sys::Oid);
 
 thread_local! {
     /// What targets mean, while nothing changes in the catalogs.
@@ -77,18 +76,14 @@ impl Call {
         Ok(Call { role: enqueuing_role()?, search_path: search_path() })
     }
 
-    fn enqueue(&mut self, job: Job) -> Outcome<i64> {
-        jobs::enqueue(self.prepare(job)?)
-    }
-
     /// A job with its arguments checked and its target resolved.
-    pub(super) fn prepare(&mut self, job: Job) -> Outcome<jobs::New> {
+    pub(super) fn prepare(&self, job: Job) -> Outcome<jobs::New> {
         let Job { target, args, kwargs, description, notify, mut options } = job;
         let model = options.model()?;
         let target = filled(target, "target")?;
-        let args = args.map_or_else(|| "[]".to_owned(), |json| json.0);
-        let kwargs = kwargs.map_or_else(|| "{}".to_owned(), |json| json.0);
-        let arguments = Arguments::parse(&args, &kwargs)?;
+        let args = args.unwrap_or_else(|| Jsonb::parse("[]"));
+        let kwargs = kwargs.unwrap_or_else(|| Jsonb::parse("{}"));
+        let shape = Shape::of(&args, &kwargs)?;
         let max_attempts = options.max_attempts.unwrap_or(1);
         if max_attempts < 1 {
             let value = max_attempts.to_string();
@@ -98,10 +93,9 @@ impl Call {
         let queue = options.queue.map_or_else(|| "default".to_owned(), |text| text.0);
         // What a runner outside is to do is its own business, and Odoo knows its methods.
         let is_function = model.name.is_none() && guc::queues().of(&queue) != Some(0);
-        let names = arguments.kwargs.iter().map(|(name, _)| name.clone()).collect();
         let signature = if is_function {
-            let asked = (target, arguments.args.len(), names, self.search_path.clone(), self.role);
-            remembered(&RESOLVED, asked, |asked| call::resolve(&asked.0, &arguments))?
+            let asked = (target, shape, self.search_path.clone(), self.role);
+            remembered(&RESOLVED, asked, |(target, shape, ..)| call::resolve(target, shape))?
         } else {
             target
         };
@@ -121,7 +115,7 @@ impl Call {
             depends_on: options.depends_on.map(|ids| ids.into_iter().flatten().collect()),
             model,
             user_id: options.user_id,
-            context: options.context.map(|json| json.0),
+            context: options.context,
             role: self.role,
             search_path: self.search_path.clone(),
         })
@@ -131,8 +125,8 @@ impl Call {
 /// A job as it is asked for.
 pub(super) struct Job {
     pub(super) target: Option<Text>,
-    pub(super) args: Option<JsonbText>,
-    pub(super) kwargs: Option<JsonbText>,
+    pub(super) args: Option<Jsonb>,
+    pub(super) kwargs: Option<Jsonb>,
     pub(super) description: Option<Text>,
     pub(super) notify: Option<Channel>,
     pub(super) options: Options,
@@ -140,13 +134,13 @@ pub(super) struct Job {
 
 fn enqueue(
     target: Option<Text>,
-    args: Option<JsonbText>,
-    kwargs: Option<JsonbText>,
+    args: Option<Jsonb>,
+    kwargs: Option<Jsonb>,
     description: Option<Text>,
     notify: Option<Channel>,
     options: Options,
 ) -> Outcome<i64> {
-    Call::begin()?.enqueue(Job { target, args, kwargs, description, notify, options })
+    jobs::enqueue(&Call::begin()?.prepare(Job { target, args, kwargs, description, notify, options })?)
 }
 
 /// The jobs in a JSON array, with the names and types of `ir_async_call`'s arguments.
@@ -158,10 +152,14 @@ const MANY: &str = "
            run_at timestamptz, max_attempts integer, retry_delay interval, timeout interval, identity_key text,
            depends_on bigint[], model text, res_ids bigint[], user_id integer, context jsonb, su boolean)";
 
-/// The names in the objects of a JSON array that are no arguments.
-const UNKNOWN: &str = "
-    SELECT k.name FROM pg_catalog.jsonb_array_elements($1) e (job), pg_catalog.jsonb_object_keys(e.job) k (name)
-     WHERE k.name <> ALL (ARRAY['target', 'args', 'kwargs', 'description', 'notify', 'queue', 'priority', 'run_at',
+/// The first thing that is wrong with the elements of a JSON array: a name that is no argument, or NULL for an element that
+/// is no object.
+const WRONG: &str = "
+    SELECT k.name FROM pg_catalog.jsonb_array_elements($1) e (job)
+                  CROSS JOIN LATERAL (SELECT pg_catalog.jsonb_typeof(e.job) = 'object') t (is_object)
+                  LEFT JOIN LATERAL pg_catalog.jsonb_object_keys(CASE WHEN t.is_object THEN e.job ELSE '{}' END) k (name) ON true
+     WHERE NOT t.is_object
+        OR k.name <> ALL (ARRAY['target', 'args', 'kwargs', 'description', 'notify', 'queue', 'priority', 'run_at',
            'max_attempts', 'retry_delay', 'timeout', 'identity_key', 'depends_on', 'model', 'res_ids', 'user_id',
            'context', 'su']) LIMIT 1";
 
@@ -169,24 +167,25 @@ const UNKNOWN: &str = "
 /// `ir_async_call`, in order, or none; their ids in the same order. Errors: 22023 for anything else than such objects, and
 /// those of `ir_async_call`.
 #[pg_extern]
-fn ir_async_call_many(jobs: Option<JsonbText>) -> Outcome<SetOfIterator<'static, i64>> {
-    let text = given(jobs, "jobs")?.0;
-    let wrong = |reason: &str| Error::Argument { argument: "jobs", value: text.clone(), reason: reason.to_owned() };
-    let elements = json::elements(&text)?.ok_or_else(|| wrong("it must be a JSON array"))?;
-    if !elements.iter().all(|element| element.starts_with('{')) {
-        return Err(wrong("its elements must be objects").into());
+fn ir_async_call_many(jobs: Option<Jsonb>) -> Outcome<SetOfIterator<'static, i64>> {
+    let jobs = given(jobs, "jobs")?;
+    let wrong = |reason: &str| Error::Argument { argument: "jobs", value: jobs.text(), reason: reason.to_owned() };
+    if jobs.array_len().is_none() {
+        return Err(wrong("it must be a JSON array").into());
     }
-    let unknown = safely(|| sql::first(UNKNOWN, &[JsonbText(text.clone()).into()], |row| row.text(1)))?;
-    if let Some(name) = unknown {
-        return Err(wrong(&format!("a job has no argument \"{name}\"")).into());
+    match safely(|| sql::first(WRONG, &[(&jobs).into()], |row| row.get::<Text>(1)))? {
+        None => {}
+        Some(None) => return Err(wrong("its elements must be objects").into()),
+        Some(Some(name)) => return Err(wrong(&format!("a job has no argument \"{}\"", name.0)).into()),
     }
-    let wanted = safely(|| sql::rows(MANY, &[JsonbText(text.clone()).into()], wanted_job))?;
-    let mut call = Call::begin()?;
-    let ids = wanted.into_iter().map(|(mut job, notify)| {
+    let wanted = safely(|| sql::rows(MANY, &[(&jobs).into()], wanted_job))?;
+    let call = Call::begin()?;
+    let prepared = wanted.into_iter().map(|(mut job, notify)| {
         job.notify = notify.map(|json| channel(Some(json), "notify")).transpose()?;
-        call.enqueue(job)
+        call.prepare(job)
     });
-    Ok(SetOfIterator::new(ids.collect::<Outcome<Vec<i64>>>()?))
+    let prepared: Vec<jobs::New> = prepared.collect::<Outcome<_>>()?;
+    Ok(SetOfIterator::new(jobs::enqueue_all(&prepared)?))
 }
 
 fn wanted_job(row: &sql::Row) -> Outcome<(Job, Option<JsonbText>)> {
@@ -250,8 +249,8 @@ fn check_role(role: pg_sys::Oid) -> Outcome<()> {
 #[allow(clippy::too_many_arguments)]
 fn ir_async_call(
     target: Option<Text>,
-    args: Option<JsonbText>,
-    kwargs: Option<JsonbText>,
+    args: Option<Jsonb>,
+    kwargs: Option<Jsonb>,
     description: Option<Text>,
     notify: Option<JsonbText>,
     queue: Option<Text>,
@@ -265,7 +264,7 @@ fn ir_async_call(
     model: Option<Text>,
     res_ids: Option<Vec<Option<i64>>>,
     user_id: Option<i32>,
-    context: Option<JsonbText>,
+    context: Option<Jsonb>,
     su: Option<bool>,
 ) -> Outcome<i64> {
     let notify = notify.map(|json| channel(Some(json), "notify")).transpose()?;
@@ -294,8 +293,8 @@ fn ir_async_call(
 fn ir_async_call_notify(
     description: Option<Text>,
     target: Option<Text>,
-    args: Option<JsonbText>,
-    kwargs: Option<JsonbText>,
+    args: Option<Jsonb>,
+    kwargs: Option<Jsonb>,
     notify: Option<JsonbText>,
     queue: Option<Text>,
     priority: Option<i32>,
@@ -308,7 +307,7 @@ fn ir_async_call_notify(
     model: Option<Text>,
     res_ids: Option<Vec<Option<i64>>>,
     user_id: Option<i32>,
-    context: Option<JsonbText>,
+    context: Option<Jsonb>,
     su: Option<bool>,
 ) -> Outcome<i64> {
     let notify = Some(given(notify, "notify")?);

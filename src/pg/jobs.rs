@@ -13,7 +13,7 @@ pub use claims::{
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{Failed, cancelled, fail, give_back_others, given_up, runner_died, succeed, succeed_all};
-pub use enqueue::{Model, New, enqueue};
+pub use enqueue::{Model, New, enqueue, enqueue_all};
 pub use outside::{claim_outside, fail_outside, finish_outside, progress};
 pub use overview::{prune, summary};
 
@@ -39,6 +39,9 @@ pub type Token = String;
 struct Table {
     relid: pg_sys::Oid,
     owner: pg_sys::Oid,
+    /// The sequence that gives out its ids.
+    sequence: pg_sys::Oid,
+    /// Qualified and quoted.
     name: String,
     /// The name of `imbus_progress` beside it.
     progress: String,
@@ -54,7 +57,9 @@ fn table() -> Outcome<Table> {
         return Ok(table);
     }
     let text = "SELECT c.oid, c.relowner, pg_catalog.quote_ident(n.nspname) || '.ir_async',
-                       pg_catalog.quote_ident(n.nspname) || '.imbus_progress'
+                       pg_catalog.quote_ident(n.nspname) || '.imbus_progress',
+                       pg_catalog.pg_get_serial_sequence(pg_catalog.quote_ident(n.nspname) || '.ir_async', 'id')
+                           ::pg_catalog.regclass::oid
                   FROM pg_catalog.pg_extension e
                   JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
                   JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'ir_async'
@@ -66,6 +71,7 @@ fn table() -> Outcome<Table> {
                 owner: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
                 name: row.text(3)?,
                 progress: row.text(4)?,
+                sequence: row.get(5)?.unwrap_or(pg_sys::InvalidOid),
             })
         })
     })?;

@@ -9,6 +9,7 @@ mod call;
 mod catalog;
 mod database;
 mod datum;
+mod direct;
 mod dispatcher;
 mod ffi;
 mod functions;

@@ -6,7 +6,7 @@ mod due;
 pub use due::Schedules;
 
 use super::bus;
-use super::datum::{JsonbText, Text};
+use super::datum::{Jsonb, JsonbText, Text};
 use super::functions::{channel, filled};
 use super::job_functions::{Call, Job, Options};
 use super::jobs::New;
@@ -120,8 +120,8 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
         Text(job.search_path).into(),
         job.description.map(Text).into(),
         Text(job.target).into(),
-        JsonbText(job.args).into(),
-        JsonbText(job.kwargs).into(),
+        job.args.into(),
+        job.kwargs.into(),
         job.notify.map(|channel| Text(channel.stored(&database))).into(),
         Text(job.queue).into(),
         job.priority.into(),
@@ -129,9 +129,9 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
         job.retry_delay.into(),
         job.timeout.into(),
         job.user_id.into(),
-        job.context.map(JsonbText).into(),
+        job.context.into(),
         job.model.name.map(Text).into(),
-        job.model.res_ids.map(JsonbText).into(),
+        job.model.res_ids.into(),
         job.model.su.into(),
     ];
     SCHEDULING.set(true);
@@ -161,8 +161,8 @@ fn ir_async_schedule(
     name: Option<Text>,
     cron_expression: Option<Text>,
     target: Option<Text>,
-    args: Option<JsonbText>,
-    kwargs: Option<JsonbText>,
+    args: Option<Jsonb>,
+    kwargs: Option<Jsonb>,
     time_zone: Option<Text>,
     description: Option<Text>,
     notify: Option<JsonbText>,
@@ -174,7 +174,7 @@ fn ir_async_schedule(
     model: Option<Text>,
     res_ids: Option<Vec<Option<i64>>>,
     user_id: Option<i32>,
-    context: Option<JsonbText>,
+    context: Option<Jsonb>,
     su: Option<bool>,
     overlap: Option<bool>,
 ) -> Outcome<i64> {

@@ -309,6 +309,18 @@ impl Shared {
         slot.is_some()
     }
 
+    /// Whether all places for runners are taken by ones that go on to the next job of this role by themselves: each claims
+    /// once more after it has said that it waits, and one that leaves wakes its database's worker. Never fails.
+    pub fn is_served(&self, oid: u32, role: u32, places: usize) -> bool {
+        let goes_on = |slot: &&RunnerSlot| {
+            slot.database.load(Ordering::Acquire) == oid
+                && slot.role.load(Ordering::Acquire) == role
+                && slot.state() == RunnerState::Running
+                && slot.leave.load(Ordering::Acquire) == 0
+        };
+        self.runners.iter().filter(goes_on).count() >= places
+    }
+
     /// Wakes the worker of a database: there may be jobs to run. Never fails.
     pub fn wake_jobs(&self, oid: u32) {
         if let Some(slot) = self.database(oid) {

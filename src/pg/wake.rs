@@ -2,7 +2,7 @@
 //! after its commit, when its rows are visible. A rolled-back savepoint may leave a flag set; a needless wake-up does no
 //! harm.
 
-use super::{ring, shared};
+use super::{dispatcher, guc, ring, shared, worker};
 use pgrx::prelude::*;
 use std::cell::Cell;
 
@@ -10,6 +10,8 @@ thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
     /// A job that any runner of this role can take at once; 0 for none, or for more than that.
     static PLAIN: Cell<u32> = const { Cell::new(0) };
+    /// When the first of the jobs is to start that are to wait, in microseconds since 2000.
+    static LATER: Cell<i64> = const { Cell::new(i64::MAX) };
     static ENDED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
@@ -27,6 +29,11 @@ pub fn enqueued_for(role: u32) {
     if PLAIN.replace(role) != 0 {
         ENQUEUED.set(true);
     }
+}
+
+/// The running transaction has enqueued a job that is not to start before then, in microseconds since 2000.
+pub fn enqueued_for_later(start: i64) {
+    LATER.set(LATER.get().min(start));
 }
 
 /// The running transaction has ended jobs of this database: others may have waited for that.
@@ -87,7 +94,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             let database = u32::from(unsafe { pg_sys::MyDatabaseId });
             let published = ring::committed(database);
             let (enqueued, ended, extension) = (ENQUEUED.take(), ENDED.take(), EXTENSION.take());
-            let enqueued = enqueued | !is_taken(database, PLAIN.take());
+            let enqueued = enqueued | !is_taken(database, PLAIN.take()) | is_soon(LATER.replace(i64::MAX));
             if published || enqueued || ended || extension {
                 tell(database, published, enqueued || ended, extension);
             }
@@ -102,6 +109,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             ENQUEUED.set(false);
             ENDED.set(false);
             PLAIN.set(0);
+            LATER.set(i64::MAX);
             EXTENSION.set(false);
             OWNER.set(0);
         }
@@ -109,9 +117,19 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
     }
 }
 
-/// Whether there is no plain job, or a runner that waits for one has been woken: the worker's answer would take longer.
+/// Whether there is no plain job, or one that needs nobody else: a runner that waits for one has been woken (the worker's
+/// answer would take longer), or all runners come to it by themselves.
 fn is_taken(database: u32, role: u32) -> bool {
-    role == 0 || shared::get().is_none_or(|shared| shared.wake_idle_runner(database, role))
+    let places = guc::job_workers();
+    role == 0
+        || shared::get()
+            .is_none_or(|shared| shared.wake_idle_runner(database, role) || shared.is_served(database, role, places))
+}
+
+/// Whether the worker would not learn of such a job in time when it looks out by itself.
+fn is_soon(start: i64) -> bool {
+    const LOOKOUT: i64 = 2 * dispatcher::LOOKOUT.as_micros() as i64;
+    start < i64::MAX && start < worker::now().saturating_add(LOOKOUT)
 }
 
 /// Has the worker of a database look again whether it has the extension, and who owns it.

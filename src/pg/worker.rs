@@ -97,6 +97,12 @@ pub fn now() -> i64 {
     unsafe { pg_sys::GetCurrentTimestamp() }
 }
 
+/// When the transaction began, likewise.
+pub fn transaction_start() -> i64 {
+    // SAFETY: a plain value of the session.
+    unsafe { pg_sys::GetCurrentTransactionStartTimestamp() }
+}
+
 /// The same time in microseconds since 1970.
 pub fn since_1970(at: i64) -> i64 {
     at.saturating_add(POSTGRES_EPOCH)

@@ -1,11 +1,11 @@
 //! Enqueueing a job, and what becomes of one that is inserted by hand.
 
-use super::{NOTIFICATION, change, on_table};
+use super::{NOTIFICATION, Table, change, on_table, table};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
-use crate::pg::datum::{JsonbText, Text};
+use crate::pg::datum::{Jsonb, JsonbText, Str, Text};
 use crate::pg::report::{Outcome, internal, report};
-use crate::pg::{bus, guc, wake, worker};
+use crate::pg::{bus, direct, guc, wake, worker};
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
@@ -21,15 +21,15 @@ thread_local! {
 pub struct Model {
     pub name: Option<String>,
     /// A JSON array of their ids.
-    pub res_ids: Option<String>,
+    pub res_ids: Option<Jsonb>,
     pub su: Option<bool>,
 }
 
 /// A job to enqueue, its arguments checked.
 pub struct New {
     pub target: String,
-    pub args: String,
-    pub kwargs: String,
+    pub args: Jsonb,
+    pub kwargs: Jsonb,
     pub description: Option<String>,
     pub notify: Option<Channel>,
     pub queue: String,
@@ -42,7 +42,7 @@ pub struct New {
     pub depends_on: Option<Vec<i64>>,
     pub model: Model,
     pub user_id: Option<i32>,
-    pub context: Option<String>,
+    pub context: Option<Jsonb>,
     pub role: pg_sys::Oid,
     pub search_path: String,
 }
@@ -50,74 +50,190 @@ pub struct New {
 impl New {
     /// Any runner of the role can take it at once.
     fn is_plain(&self) -> bool {
-        let is_free = self.run_at.is_none() && self.model.name.is_none() && self.depends_on.is_none();
+        let is_free = self.model.name.is_none() && self.depends_on.is_none();
         is_free && guc::queues().of(&self.queue).is_none()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.depends_on.as_ref().is_none_or(Vec::is_empty)
     }
 }
 
+/// What a new job's row holds.
+struct Row<'a> {
+    new: &'a New,
+    id: i64,
+    /// The channel as it is stored.
+    notify: Option<&'a str>,
+    /// When the transaction began.
+    now: TimestampWithTimeZone,
+    retry_delay: Interval,
+    no_errors: &'a Jsonb,
+}
+
+/// What a failed attempt waits for the next one unless its enqueuer says otherwise, in microseconds.
+const RETRY_DELAY: i64 = 10_000_000;
+
+/// Makes a column's value.
+type Make = fn(&Row<'_>) -> Option<pg_sys::Datum>;
+
+/// A column: its name, its type and what stands there.
+type Column = (&'static str, pg_sys::Oid, Make);
+
+/// The columns of a new job's row in the table's order; the others are NULL.
+const COLUMNS: [Column; 28] = {
+    use pg_sys::*;
+    [
+        ("id", INT8OID, |row| row.id.into_datum()),
+        // As Odoo has them: timestamps without a zone in UTC, which are the same numbers.
+        ("create_date", TIMESTAMPOID, |row| row.now.into_datum()),
+        ("write_date", TIMESTAMPOID, |row| row.now.into_datum()),
+        ("name", VARCHAROID, |row| row.new.description.as_deref().map(Str).into_datum()),
+        ("state", VARCHAROID, |_| Str(State::Created.as_str()).into_datum()),
+        ("res_model", VARCHAROID, |row| row.new.model.name.as_deref().map(Str).into_datum()),
+        ("res_ids", JSONBOID, |row| row.new.model.res_ids.as_ref().into_datum()),
+        ("method", VARCHAROID, |row| Str(&row.new.target).into_datum()),
+        ("args", JSONBOID, |row| (&row.new.args).into_datum()),
+        ("kwargs", JSONBOID, |row| (&row.new.kwargs).into_datum()),
+        ("user_id", INT4OID, |row| row.new.user_id.into_datum()),
+        ("context", JSONBOID, |row| row.new.context.as_ref().into_datum()),
+        ("super_user", BOOLOID, |row| row.new.model.su.into_datum()),
+        ("role", OIDOID, |row| row.new.role.into_datum()),
+        ("search_path", TEXTOID, |row| Str(&row.new.search_path).into_datum()),
+        ("notify", VARCHAROID, |row| row.notify.map(Str).into_datum()),
+        ("queue", VARCHAROID, |row| Str(&row.new.queue).into_datum()),
+        ("priority", INT4OID, |row| row.new.priority.into_datum()),
+        ("run_at", TIMESTAMPTZOID, |row| row.new.run_at.unwrap_or(row.now).into_datum()),
+        ("max_attempts", INT4OID, |row| row.new.max_attempts.into_datum()),
+        ("attempts", INT4OID, |_| 0_i32.into_datum()),
+        ("deaths", INT4OID, |_| 0_i32.into_datum()),
+        ("retry_delay", INTERVALOID, |row| row.new.retry_delay.unwrap_or(row.retry_delay).into_datum()),
+        ("timeout", INTERVALOID, |row| row.new.timeout.into_datum()),
+        ("identity_key", VARCHAROID, |row| row.new.identity_key.as_deref().map(Str).into_datum()),
+        ("depends_on", INT8ARRAYOID, |row| row.new.depends_on.clone().into_datum()),
+        ("ready", BOOLOID, |row| row.new.is_ready().into_datum()),
+        ("errors", JSONBOID, |row| row.no_errors.into_datum()),
+    ]
+};
+
 /// Enqueues in the current transaction: the id. An unfinished job with the same identity_key is returned instead.
-pub fn enqueue(new: New) -> Outcome<i64> {
-    let text = "
-        INSERT INTO TABLE AS j (name, method, args, kwargs, notify, queue, priority, run_at, max_attempts, retry_delay,
-                                identity_key, depends_on, user_id, context, role, search_path, timeout,
-                                res_model, res_ids, super_user, ready)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, COALESCE($8, pg_catalog.now()), $9,
-                COALESCE($10, '10 seconds'::pg_catalog.interval), $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)";
-    const ONCE: &str = "
-        ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING";
-    let once = if new.identity_key.is_some() { ONCE } else { "" };
-    let text = &format!("{text}{once} RETURNING j.id");
-    let stored = match &new.notify {
-        Some(channel) => Some(Text(channel.stored(&bus::table()?.database))),
-        None => None,
-    };
-    let is_plain = new.is_plain();
-    let is_ready = new.depends_on.as_ref().is_none_or(Vec::is_empty);
-    let args: [DatumWithOid<'_>; 21] = [
-        new.description.clone().map(Text).into(),
-        Text(new.target).into(),
-        JsonbText(new.args).into(),
-        JsonbText(new.kwargs).into(),
-        stored.into(),
-        Text(new.queue).into(),
-        new.priority.into(),
-        new.run_at.into(),
-        new.max_attempts.into(),
-        new.retry_delay.into(),
-        new.identity_key.clone().map(Text).into(),
-        new.depends_on.into(),
-        new.user_id.into(),
-        new.context.map(JsonbText).into(),
-        new.role.into(),
-        Text(new.search_path).into(),
-        new.timeout.into(),
-        new.model.name.map(Text).into(),
-        new.model.res_ids.map(JsonbText).into(),
-        new.model.su.into(),
-        is_ready.into(),
-    ];
-    for _ in 0..10 {
+pub fn enqueue(new: &New) -> Outcome<i64> {
+    Ok(enqueue_all(std::slice::from_ref(new))?.first().copied().unwrap_or(0))
+}
+
+/// The same for several, in order.
+pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
+    let table = table()?;
+    let mut ids = Vec::with_capacity(jobs.len());
+    for group in jobs.chunk_by(|one, other| one.identity_key.is_none() && other.identity_key.is_none()) {
+        let created = match group {
+            [once] if once.identity_key.is_some() => match insert_once(&table, once)? {
+                Ok(id) => vec![id],
+                Err(twin) => {
+                    ids.push(twin);
+                    continue;
+                }
+            },
+            _ => match put_in(&table, group)? {
+                Some(created) => created,
+                None => group.iter().map(|new| insert(&table, new, "")).collect::<Outcome<Vec<_>>>()?.concat(),
+            },
+        };
+        for (new, id) in group.iter().zip(&created) {
+            tell_of(new, *id)?;
+        }
+        ids.extend(created);
+    }
+    Ok(ids)
+}
+
+/// Wakes whom a new job concerns at the commit, and notifies.
+fn tell_of(new: &New, id: i64) -> Outcome<()> {
+    match new.run_at {
+        Some(start) => wake::enqueued_for_later(start.into_inner()),
+        None if new.is_plain() => wake::enqueued_for(u32::from(new.role)),
+        None => wake::enqueued(),
+    }
+    if let Some(channel) = &new.notify {
+        let (name, state) = (new.description.as_deref(), State::Created.as_str());
+        bus::publish(channel, NOTIFICATION, &change(id, name, state, None))?;
+    }
+    Ok(())
+}
+
+/// Has `work` done with each job's row, in order.
+fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> Outcome<T>) -> Outcome<Vec<T>> {
+    let now = TimestampWithTimeZone::try_from(worker::transaction_start()).map_err(internal)?;
+    let retry_delay = Interval::new(0, 0, RETRY_DELAY).map_err(internal)?;
+    let no_errors = Jsonb::parse("[]");
+    let rows = jobs.iter().map(|new| {
+        let notify = match &new.notify {
+            Some(channel) => Some(channel.stored(&bus::table()?.database)),
+            None => None,
+        };
+        let id = direct::next_of(table.sequence);
+        work(&Row { new, id, notify: notify.as_deref(), now, retry_delay, no_errors: &no_errors })
+    });
+    rows.collect()
+}
+
+/// Puts jobs in the short way (`direct`): their ids; None where the long way must be gone.
+fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
+    direct::with(table.relid, columns, |rows, columns| {
+        with_rows(table, jobs, |row| {
+            rows.put(|column| columns.get(column).copied().flatten().and_then(|make| make(row)));
+            Ok(row.id)
+        })
+    })
+}
+
+/// What makes the value of each column, None for NULL, of a table that is as it was made: with its own trigger alone, which
+/// has nothing to do where imbus enqueues. None for another one.
+fn columns(table: &direct::Table) -> Option<Vec<Option<Make>>> {
+    if table.triggers().any(|(name, _)| name != b"ir_async_inserted") {
+        return None;
+    }
+    let mut expected = COLUMNS.iter().peekable();
+    let columns: Vec<Option<Make>> = table
+        .columns()
+        .map(|column| match expected.next_if(|(name, ..)| name.as_bytes() == column.name) {
+            Some((_, of, make)) => (column.type_oid == *of && !column.has_modifier).then_some(Some(*make)),
+            None => (column.is_dropped || !column.is_required && !column.has_default).then_some(None),
+        })
+        .collect::<Option<_>>()?;
+    expected.next().is_none().then_some(columns)
+}
+
+/// Inserts a job: its id, none where a conflict was to be passed over.
+fn insert(table: &Table, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
+    let names = COLUMNS.map(|(name, ..)| name).join(", ");
+    let places: Vec<String> = (1..=COLUMNS.len()).map(|place| format!("${place}")).collect();
+    let text = format!("INSERT INTO TABLE ({names}) VALUES ({}) {on_conflict} RETURNING id", places.join(", "));
+    let inserted = with_rows(table, std::slice::from_ref(new), |row| {
+        // SAFETY: of the type that stands beside it.
+        let args = COLUMNS.map(|(_, of, make)| unsafe { DatumWithOid::new(make(row), of) });
         // For this statement alone: the notification may run triggers of a user's, who may insert jobs too.
         ENQUEUEING.set(true);
         let mark = Enqueueing;
-        let inserted = on_table(text, &args, |row| row.need::<i64>(1))?.into_iter().next();
+        let inserted = on_table(&text, &args, |row| row.need::<i64>(1));
         drop(mark);
-        if let Some(id) = inserted {
-            if is_plain {
-                wake::enqueued_for(u32::from(new.role));
-            } else {
-                wake::enqueued();
-            }
-            let (name, state) = (new.description.as_deref(), State::Created.as_str());
-            if let Some(channel) = &new.notify {
-                bus::publish(channel, NOTIFICATION, &change(id, name, state, None))?;
-            }
-            return Ok(id);
+        inserted
+    });
+    Ok(inserted?.concat())
+}
+
+/// Inserts a job with an identity_key; the id of an unfinished one with the same key as the error.
+fn insert_once(table: &Table, new: &New) -> Outcome<Result<i64, i64>> {
+    const ONCE: &str =
+        "ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING";
+    for _ in 0..10 {
+        if let Some(id) = insert(table, new, ONCE)?.first() {
+            return Ok(Ok(*id));
         }
         let key = new.identity_key.clone().map(Text);
         let twin = "SELECT id FROM TABLE WHERE identity_key = $1 AND state IN ('created', 'processing')";
         if let Some(id) = on_table(twin, &[key.into()], |row| row.need::<i64>(1))?.into_iter().next() {
-            return Ok(id);
+            return Ok(Err(id));
         }
         // The twin has just ended: try again.
     }

@@ -1,7 +1,7 @@
 //! The database worker's part of schedules: what is due is enqueued in the transaction that says when it is due next, so
 //! that a run is neither lost nor made twice. What was missed while nobody looked is made up for once.
 
-use super::super::datum::{JsonbText, Text};
+use super::super::datum::{Jsonb, Text};
 use super::super::jobs::{self, Model, New};
 use super::super::report::Outcome;
 use super::super::sql::Row;
@@ -151,7 +151,7 @@ fn run(id: i64) -> Outcome<()> {
     } else if due.is_busy {
         "UPDATE SCHEDULES SET next_run = pg_catalog.to_timestamp($2), skipped = skipped + 1 WHERE id = $1 RETURNING id"
     } else {
-        let job = jobs::enqueue(due.job)?;
+        let job = jobs::enqueue(&due.job)?;
         let text =
             "UPDATE SCHEDULES SET next_run = pg_catalog.to_timestamp($2), last_run = pg_catalog.clock_timestamp(),
                            last_job = $3, runs = runs + 1, problem = NULL WHERE id = $1 RETURNING id";
@@ -202,8 +202,8 @@ fn job(row: &Row) -> Outcome<New> {
         run_at: row.get(8)?,
         description: row.get::<Text>(9)?.map(|text| text.0),
         target: row.text(10)?,
-        args: row.get::<JsonbText>(11)?.map(|json| json.0).unwrap_or_default(),
-        kwargs: row.get::<JsonbText>(12)?.map(|json| json.0).unwrap_or_default(),
+        args: row.get(11)?.unwrap_or_else(|| Jsonb::parse("[]")),
+        kwargs: row.get(12)?.unwrap_or_else(|| Jsonb::parse("{}")),
         notify: row.get::<Text>(13)?.map(|text| jobs::stored_channel(&text.0)).transpose()?.flatten(),
         queue: row.text(14)?,
         priority: row.need(15)?,
@@ -211,12 +211,8 @@ fn job(row: &Row) -> Outcome<New> {
         retry_delay: row.get(17)?,
         timeout: row.get(18)?,
         user_id: row.get(19)?,
-        context: row.get::<JsonbText>(20)?.map(|json| json.0),
-        model: Model {
-            name: row.get::<Text>(21)?.map(|text| text.0),
-            res_ids: row.get::<JsonbText>(22)?.map(|json| json.0),
-            su: row.get(23)?,
-        },
+        context: row.get(20)?,
+        model: Model { name: row.get::<Text>(21)?.map(|text| text.0), res_ids: row.get(22)?, su: row.get(23)? },
         identity_key: None,
         depends_on: None,
     })
