@@ -1,0 +1,228 @@
+//! The short way into a table: rows are put in as logical replication's apply worker does it
+//! (ExecSimpleRelationInsert), without parsing, planning or triggers. Only where that comes to the same as INSERT: no rules,
+//! row security or checks, no index that calls functions of a user's, and no trigger that the caller has not allowed for;
+//! so no code but PostgreSQL's own runs, and no change of user is needed.
+
+use super::ffi;
+use super::report::Outcome;
+use pgrx::prelude::*;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::ffi::{CStr, c_void};
+
+thread_local! {
+    /// Indexes known to call no function of a user's. What an index is made of does not change.
+    static KNOWN: RefCell<BTreeSet<u32>> = const { RefCell::new(BTreeSet::new()) };
+}
+
+/// An open table.
+pub struct Table(pg_sys::Relation);
+
+/// One of its columns.
+pub struct Column<'a> {
+    pub name: &'a [u8],
+    pub type_oid: pg_sys::Oid,
+    pub has_modifier: bool,
+    pub is_required: bool,
+    pub has_default: bool,
+    pub is_dropped: bool,
+}
+
+impl Table {
+    /// All columns, also dropped ones, in order.
+    pub fn columns(&self) -> impl Iterator<Item = Column<'_>> {
+        // SAFETY: the relation's cache entry stays while it is open.
+        let (descriptor, count) = unsafe { ((*self.0).rd_att, (*(*self.0).rd_att).natts) };
+        (0..count).map(move |index| {
+            // SAFETY: so many columns are there; a NAME ends with a zero byte.
+            unsafe {
+                let column = &*ffi::attribute(descriptor, index);
+                Column {
+                    name: CStr::from_ptr(column.attname.data.as_ptr()).to_bytes(),
+                    type_oid: column.atttypid,
+                    has_modifier: column.atttypmod >= 0,
+                    is_required: column.attnotnull,
+                    has_default: column.atthasdef,
+                    is_dropped: column.attisdropped,
+                }
+            }
+        })
+    }
+
+    /// The names of the triggers that an INSERT fires, and whether they are PostgreSQL's own.
+    pub fn triggers(&self) -> impl Iterator<Item = (&[u8], bool)> {
+        // SAFETY: the list of the relation's cache entry; names are C strings.
+        let triggers = unsafe {
+            (*self.0).trigdesc.as_ref().map_or(&[][..], |found| {
+                std::slice::from_raw_parts(found.triggers, usize::try_from(found.numtriggers).unwrap_or(0))
+            })
+        };
+        let fires = |trigger: &&pg_sys::Trigger| trigger.tgtype & pg_sys::TRIGGER_TYPE_INSERT as i16 != 0;
+        // SAFETY: as above.
+        let name = |trigger: &pg_sys::Trigger| unsafe { CStr::from_ptr(trigger.tgname) }.to_bytes();
+        triggers.iter().filter(fires).map(move |trigger| (name(trigger), trigger.tgisinternal))
+    }
+
+    /// The columns of foreign keys, counted from 0.
+    pub fn foreign_keys(&self) -> impl Iterator<Item = usize> {
+        // SAFETY: a list of the relation's cache entry.
+        let keys = unsafe { ffi::cells(pg_sys::RelationGetFKeyList(self.0)) };
+        keys.iter().flat_map(|cell| {
+            // SAFETY: its cells are such.
+            let key = unsafe { &*cell.ptr_value.cast::<pg_sys::ForeignKeyCacheInfo>() };
+            let count = usize::try_from(key.nkeys).unwrap_or(0);
+            key.conkey.iter().take(count).filter_map(|number| usize::try_from(i32::from(*number) - 1).ok())
+        })
+    }
+
+    /// Whether INSERT would do no more than put in the row and call triggers.
+    fn is_plain(&self) -> bool {
+        // SAFETY: the relation's cache entry stays while it is open.
+        unsafe {
+            (*self.0).rd_rules.is_null()
+                && !(*(*self.0).rd_rel).relforcerowsecurity
+                && (*(*self.0).rd_att)
+                    .constr
+                    .as_ref()
+                    .is_none_or(|found| found.num_check == 0 && !found.has_generated_stored)
+        }
+    }
+}
+
+/// A table with its indexes, ready to take rows.
+pub struct Rows {
+    relation: pg_sys::Relation,
+    result: *mut pg_sys::ResultRelInfo,
+    state: *mut pg_sys::EState,
+    slot: *mut pg_sys::TupleTableSlot,
+}
+
+/// Opens a table for `work`, if what `fits` finds in it is right; None where the long way must be gone. The rows are there
+/// for the next command.
+pub fn with<F, T>(
+    relid: pg_sys::Oid,
+    fits: impl FnOnce(&Table) -> Option<F>,
+    work: impl FnOnce(&mut Rows, F) -> Outcome<T>,
+) -> Outcome<Option<T>> {
+    // SAFETY: main thread, inside a transaction. What is opened is closed below; on ERROR the abort closes it.
+    unsafe {
+        pg_sys::PreventCommandIfReadOnly(c"INSERT".as_ptr());
+        pg_sys::PreventCommandIfParallelMode(c"INSERT".as_ptr());
+        let table = Table(pg_sys::table_open(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE));
+        let done = match fits(&table).filter(|_| table.is_plain()) {
+            Some(found) => with_indexes(table.0, |rows| work(rows, found)),
+            None => Ok(None),
+        };
+        pg_sys::table_close(table.0, pg_sys::NoLock as pg_sys::LOCKMODE);
+        done
+    }
+}
+
+/// SAFETY: an open relation.
+unsafe fn with_indexes<T>(
+    relation: pg_sys::Relation,
+    work: impl FnOnce(&mut Rows) -> Outcome<T>,
+) -> Outcome<Option<T>> {
+    // SAFETY: as in `with`. The result relation and the slot live as long as the executor's state.
+    unsafe {
+        let state = pg_sys::CreateExecutorState();
+        let context = pg_sys::MemoryContextSwitchTo((*state).es_query_cxt);
+        let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
+        (*result).type_ = pg_sys::NodeTag::T_ResultRelInfo;
+        pg_sys::InitResultRelInfo(result, relation, 1, std::ptr::null_mut(), 0);
+        (*result).ri_TrigDesc = std::ptr::null_mut();
+        pg_sys::ExecOpenIndices(result, false);
+        let done = if calls_others(result) {
+            None
+        } else {
+            let slot = pg_sys::table_slot_create(relation, std::ptr::null_mut());
+            let done = work(&mut Rows { relation, result, state, slot });
+            pg_sys::ExecDropSingleTupleTableSlot(slot);
+            pg_sys::CommandCounterIncrement();
+            Some(done)
+        };
+        pg_sys::ExecCloseIndices(result);
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::FreeExecutorState(state);
+        done.transpose()
+    }
+}
+
+/// Whether an index would call functions of a user's, or is checked later by a trigger.
+///
+/// SAFETY: indexes are open.
+unsafe fn calls_others(result: *const pg_sys::ResultRelInfo) -> bool {
+    // SAFETY: the caller's: as many descriptors as there are indexes.
+    unsafe {
+        let count = usize::try_from((*result).ri_NumIndices).unwrap_or(0);
+        if count == 0 {
+            return false;
+        }
+        let infos = std::slice::from_raw_parts((*result).ri_IndexRelationInfo, count);
+        let indexes = std::slice::from_raw_parts((*result).ri_IndexRelationDescs, count);
+        infos.iter().zip(indexes).any(|(info, index)| {
+            let oid = u32::from((**index).rd_id);
+            if KNOWN.with_borrow(|known| known.contains(&oid)) {
+                return false;
+            }
+            let others = !(*(**index).rd_index).indimmediate
+                || is_foreign((**info).ii_Expressions.cast(), std::ptr::null_mut())
+                || is_foreign((**info).ii_Predicate.cast(), std::ptr::null_mut());
+            if !others {
+                KNOWN.with_borrow_mut(|known| known.insert(oid));
+            }
+            others
+        })
+    }
+}
+
+/// Whether an expression calls a function of a user's.
+///
+/// SAFETY: an expression, a list of such, or NULL.
+unsafe extern "C-unwind" fn is_foreign(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    // SAFETY: the caller's.
+    unsafe {
+        !node.is_null()
+            && (pg_sys::check_functions_in_node(node, Some(is_of_a_user), std::ptr::null_mut())
+                || ffi::expression_tree_walker(node, Some(is_foreign), context))
+    }
+}
+
+unsafe extern "C-unwind" fn is_of_a_user(function: pg_sys::Oid, _context: *mut c_void) -> bool {
+    u32::from(function) >= pg_sys::FirstNormalObjectId
+}
+
+impl Rows {
+    /// Puts in a row. `value` tells what stands in a column (counted from 0), None for NULL; what it makes is for this row
+    /// only. A column that may not be NULL, or a duplicate key, raises as INSERT does.
+    pub fn put(&mut self, mut value: impl FnMut(usize) -> Option<pg_sys::Datum>) {
+        // SAFETY: the slot has as many places as the relation has columns; its values are made in a memory context that
+        // is emptied once the row is in.
+        unsafe {
+            if (*self.state).es_per_tuple_exprcontext.is_null() {
+                pg_sys::MakePerTupleExprContext(self.state);
+            }
+            let memory = (*(*self.state).es_per_tuple_exprcontext).ecxt_per_tuple_memory;
+            let context = pg_sys::MemoryContextSwitchTo(memory);
+            let count = usize::try_from((*(*self.relation).rd_att).natts).unwrap_or(0);
+            let values = std::slice::from_raw_parts_mut((*self.slot).tts_values, count);
+            let nulls = std::slice::from_raw_parts_mut((*self.slot).tts_isnull, count);
+            for (column, (place, null)) in values.iter_mut().zip(nulls).enumerate() {
+                let datum = value(column);
+                *null = datum.is_none();
+                *place = datum.unwrap_or(pg_sys::Datum::from(0));
+            }
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::ExecStoreVirtualTuple(self.slot);
+            pg_sys::ExecSimpleRelationInsert(self.result, self.state, self.slot);
+            ffi::clear(self.slot);
+            pg_sys::MemoryContextReset(memory);
+        }
+    }
+}
+
+/// The next number of a sequence, whoever may use it.
+pub fn next_of(sequence: pg_sys::Oid) -> i64 {
+    // SAFETY: main thread, inside a transaction.
+    unsafe { ffi::guarded(|| ffi::nextval_internal(sequence, false)) }
+}
