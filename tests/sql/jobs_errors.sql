@@ -58,6 +58,47 @@ DO $$ BEGIN PERFORM ir_async_complete(current_setting('regress.job')::bigint);
 RESET ROLE;
 DELETE FROM ir_async;
 
+-- The short way into the table and INSERT write the same row; several at once keep their order.
+BEGIN;
+SELECT ir_async_call('regress_add', '[1]', '{"b": 2}', description => 'Both', notify => '["a", 1]', queue => 'q', priority => 3,
+    run_at => 'infinity', max_attempts => 2, retry_delay => '3 s', timeout => '1 min', identity_key => key, depends_on => '{1}',
+    user_id => 4, context => '{"lang": "fr"}') IS NOT NULL AS enqueued FROM (VALUES (NULL), ('k')) v (key);
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity', identity_key => key) IS NOT NULL AS enqueued
+  FROM (VALUES (NULL), ('l')) v (key);
+SELECT ir_async_call('method', model => 'res.partner', res_ids => '{1, 2}', su => true, run_at => 'infinity',
+    identity_key => key) IS NOT NULL AS enqueued FROM (VALUES (NULL), ('m')) v (key);
+SELECT count(*), count(DISTINCT to_jsonb(j) - '{id,identity_key}'::text[]) FROM ir_async j GROUP BY method, name ORDER BY method, name;
+COMMIT;
+DELETE FROM ir_async;
+SELECT array_agg(m.id ORDER BY m.n) AS ids FROM ir_async_call_many('[
+    {"target": "regress_add", "args": [1], "run_at": "infinity"}, {"target": "regress_add", "args": [2], "run_at": "infinity"},
+    {"target": "regress_add", "args": [3], "run_at": "infinity", "identity_key": "k"},
+    {"target": "regress_add", "args": [4], "run_at": "infinity", "identity_key": "k"},
+    {"target": "regress_add", "args": [5], "run_at": "infinity"}]') WITH ORDINALITY m (id, n) \gset
+SELECT array_agg(j.args ->> 0 ORDER BY m.n) FROM unnest(:'ids'::bigint[]) WITH ORDINALITY m (id, n) JOIN ir_async j USING (id);
+SELECT ir_async_call_many('{}');
+SELECT ir_async_call_many('[{"target": "regress_add"}, 1]');
+SELECT ir_async_call_many('[{"targets": "regress_add"}]');
+SELECT ir_async_call_many('[{"target": "regress_add", "args": {}}]');
+SELECT count(*) FROM ir_async_call_many('[]');
+BEGIN READ ONLY;
+SELECT ir_async_call('regress_add', '[1]');
+ROLLBACK;
+-- What the administrator puts on the table is obeyed.
+ALTER TABLE ir_async ADD COLUMN regress_note text DEFAULT 'noted';
+CREATE FUNCTION regress_seen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    RAISE NOTICE 'seen'; RETURN NEW; END $$;
+CREATE TRIGGER regress_seen BEFORE INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION regress_seen();
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity') AS id \gset
+DROP TRIGGER regress_seen ON ir_async;
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity') AS other \gset
+SELECT id = :id AS first, regress_note FROM ir_async WHERE id IN (:id, :other) ORDER BY id;
+ALTER TABLE ir_async DROP COLUMN regress_note;
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity') AS id \gset
+SELECT run_at FROM ir_async WHERE id = :id;
+DELETE FROM ir_async;
+DROP FUNCTION regress_seen;
+
 -- A superuser's plain INSERT (a restore) never makes somebody's job run with a superuser's rights.
 INSERT INTO ir_async (method, role) VALUES ('pg_catalog.now()', 1)
     RETURNING role::regrole::text = current_user AS mine, state, payload #>> '{error,code}' AS code;
