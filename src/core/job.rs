@@ -66,7 +66,9 @@ pub struct Lane {
     /// OID of the role they run as.
     pub role: u32,
     pub priority: i32,
-    /// When the first is to start, in seconds from now.
+    /// When the first is to start, in microseconds since 2000.
+    pub first: i64,
+    /// The same in seconds from now.
     pub due_in: f64,
 }
 
@@ -289,8 +291,14 @@ mod tests {
 
     #[test]
     fn lanes_come_by_priority_and_time() {
-        let lane =
-            |queue: &str, priority, due_in| Lane { queue: queue.into(), is_odoo: false, role: 1, priority, due_in };
+        let lane = |queue: &str, priority, due_in| Lane {
+            queue: queue.into(),
+            is_odoo: false,
+            role: 1,
+            priority,
+            first: 0,
+            due_in,
+        };
         let mut lanes = [lane("a", 10, -1.0), lane("b", 10, -2.0), lane("c", 5, 3.0), lane("d", 20, 0.5)];
         sort(&mut lanes);
         assert_eq!(lanes.iter().map(|lane| lane.queue.as_str()).collect::<String>(), "cbad");

@@ -256,7 +256,10 @@ impl Database {
     fn serve(mut self) -> ! {
         loop {
             self.leave_if_unwanted();
-            worker::reload();
+            if worker::reload() {
+                // Settings say how many runners there may be, and for which queues.
+                self.slot.jobs.store(true, Ordering::Release);
+            }
             self.talk();
             self.mind_the_time();
             if self.slot.wake.load(Ordering::Acquire) || self.look_due {

@@ -73,6 +73,8 @@ impl Dispatcher {
     /// of Odoo; none unless there `is_line` to it.
     pub fn dispatch(&mut self, is_line: bool) -> Vec<Event> {
         self.next = Instant::now() + LOOKOUT;
+        // Before the look: whoever commits after it goes by the same number.
+        self.shared.database(self.database).into_iter().for_each(|slot| slot.set_places(guc::job_workers()));
         if self.reap() {
             // A runner has left for the sake of another database: that one takes the place first.
             self.next = Instant::now() + NO_PLACE;

@@ -94,6 +94,8 @@ pub struct DatabaseSlot {
     pub jobs: AtomicBool,
     /// A session or a runner has ended that had claimed jobs.
     pub orphans: AtomicBool,
+    /// One more than the runners there may be in the cluster, as the worker knew when it last looked at the jobs; 0 before.
+    places: AtomicU32,
     /// Jobs of this database that Odoo works on, and whether others wait for it.
     odoo_jobs: AtomicU32,
     odoo_wanted: AtomicBool,
@@ -113,6 +115,15 @@ impl DatabaseSlot {
     /// OID of the database, 0 when the slot is free.
     pub fn oid(&self) -> u32 {
         self.oid.load(Ordering::Acquire)
+    }
+
+    /// The worker is about to look at the jobs, and goes by this many runners.
+    pub fn set_places(&self, places: usize) {
+        self.places.store(u32::try_from(places).unwrap_or(u32::MAX - 1) + 1, Ordering::SeqCst);
+    }
+
+    fn places(&self) -> Option<usize> {
+        usize::try_from(self.places.load(Ordering::SeqCst)).ok()?.checked_sub(1)
     }
 
     pub fn state(&self) -> DatabaseState {
@@ -311,7 +322,8 @@ impl Shared {
 
     /// Whether all places for runners are taken by ones that go on to the next job of this role by themselves: each claims
     /// once more after it has said that it waits, and one that leaves wakes its database's worker. Never fails.
-    pub fn is_served(&self, oid: u32, role: u32, places: usize) -> bool {
+    pub fn is_served(&self, oid: u32, role: u32) -> bool {
+        let Some(places) = self.database(oid).and_then(DatabaseSlot::places) else { return false };
         let goes_on = |slot: &&RunnerSlot| {
             slot.database.load(Ordering::Acquire) == oid
                 && slot.role.load(Ordering::Acquire) == role

@@ -2,7 +2,7 @@
 //! after its commit, when its rows are visible. A rolled-back savepoint may leave a flag set; a needless wake-up does no
 //! harm.
 
-use super::{dispatcher, guc, ring, shared, worker};
+use super::{dispatcher, ring, shared, worker};
 use pgrx::prelude::*;
 use std::cell::Cell;
 
@@ -120,10 +120,9 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
 /// Whether there is no plain job, or one that needs nobody else: a runner that waits for one has been woken (the worker's
 /// answer would take longer), or all runners come to it by themselves.
 fn is_taken(database: u32, role: u32) -> bool {
-    let places = guc::job_workers();
     role == 0
         || shared::get()
-            .is_none_or(|shared| shared.wake_idle_runner(database, role) || shared.is_served(database, role, places))
+            .is_none_or(|shared| shared.wake_idle_runner(database, role) || shared.is_served(database, role))
 }
 
 /// Whether the worker would not learn of such a job in time when it looks out by itself.

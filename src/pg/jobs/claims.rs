@@ -34,7 +34,7 @@ const LANES: &str = "
            AND (c.queue, KIND, c.role, c.priority) > (l.queue, l.odoo, l.role, l.priority)
          ORDER BY c.queue, KIND, c.role, c.priority, c.run_at LIMIT 1) n
        WHERE $1 IS NULL OR l.queue = $1)
-    SELECT queue::text, odoo = 1, role, priority,
+    SELECT queue::text, odoo = 1, role, priority, run_at,
            EXTRACT(epoch FROM LEAST(run_at, '2200-01-01') - pg_catalog.clock_timestamp())::float8
       FROM lane WHERE $1 IS NULL OR queue = $1";
 
@@ -46,7 +46,8 @@ pub fn lanes(queue: Option<&str>) -> Outcome<Vec<Lane>> {
             is_odoo: row.need(2)?,
             role: u32::from(row.need::<pg_sys::Oid>(3)?),
             priority: row.need(4)?,
-            due_in: row.need(5)?,
+            first: row.get::<TimestampWithTimeZone>(5)?.map_or(0, TimestampWithTimeZone::into_inner),
+            due_in: row.need(6)?,
         })
     };
     let queue = queue.map(|queue| Text(queue.to_owned()));
@@ -117,22 +118,23 @@ pub struct Locked {
     pub is_alone: bool,
 }
 
-/// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction. With them
-/// comes where the next claim may go on.
+/// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
+/// the lane begins or from where the last claim ended. With them comes where the next claim may go on.
 pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
     let text = "SELECT c.id, c.run_at, c.deaths > 0 OR c.timeout IS NOT NULL FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
     let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
+    let first = TimestampWithTimeZone::try_from(lane.first).map_err(internal)?;
     let args = [
         Text(lane.queue.clone()).into(),
         i32::from(lane.is_odoo).into(),
         pg_sys::Oid::from(lane.role).into(),
         lane.priority.into(),
         now.into(),
-        after.map_or_else(TimestampWithTimeZone::negative_infinity, |mark| mark.run_at).into(),
-        after.map_or(0, |mark| mark.id).into(),
+        after.map_or(first, |mark| mark.run_at).into(),
+        after.map_or(i64::MIN, |mark| mark.id).into(),
         most.into(),
     ];
     let read = |row: &sql::Row| {
@@ -148,11 +150,18 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
 pub fn count_due(lane: &Lane, most: i64) -> Outcome<i64> {
     let text = "SELECT pg_catalog.count(*) FROM (SELECT FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
-                   AND c.priority = $4 AND c.run_at <= $5 LIMIT $6) s";
+                   AND c.priority = $4 AND c.run_at BETWEEN $5 AND $6 LIMIT $7) s";
     let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
-    let (queue, role) = (Text(lane.queue.clone()), pg_sys::Oid::from(lane.role));
-    let args =
-        [queue.into(), i32::from(lane.is_odoo).into(), role.into(), lane.priority.into(), now.into(), most.into()];
+    let first = TimestampWithTimeZone::try_from(lane.first).map_err(internal)?;
+    let args = [
+        Text(lane.queue.clone()).into(),
+        i32::from(lane.is_odoo).into(),
+        pg_sys::Oid::from(lane.role).into(),
+        lane.priority.into(),
+        first.into(),
+        now.into(),
+        most.into(),
+    ];
     let counted = along_indexes(|| on_table(&text.replace("KIND", KIND), &args, |row| row.need(1)))?;
     Ok(counted.into_iter().next().unwrap_or(0))
 }
