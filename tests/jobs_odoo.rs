@@ -191,3 +191,84 @@ fn what_odoo_works_on_is_given_back_when_the_gateway_or_the_worker_ends() {
     comes_to(&mut sql, id, "succeeded");
     eventually("the others were refused", || odoo.refused() == 2);
 }
+
+/// Enqueues jobs in one transaction, so that they come together.
+fn enqueue_at_once(sql: &mut Client, methods: &[&str]) -> Vec<i64> {
+    let job = |method: &&str| json!({"target": method, "args": [1], "model": "res.partner", "res_ids": [3]});
+    let jobs: Value = methods.iter().map(job).collect();
+    let rows = sql.query("SELECT ir_async_call_many($1::text::jsonb)", &[&jobs.to_string()]).unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+/// Has so many short jobs run that those to come share calls.
+fn warm_up(sql: &mut Client) {
+    let jobs = enqueue_at_once(sql, &["write"; 40]);
+    jobs.into_iter().for_each(|id| drop(comes_to(sql, id, "succeeded")));
+}
+
+#[test]
+fn short_jobs_share_a_call_and_each_is_run_once() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 1"]);
+    let mut sql = cluster.database("jo_company");
+    odoo.connect(cluster.connect("jo_company"));
+    let jobs = enqueue_at_once(&mut sql, &["write"; 200]);
+    for id in &jobs {
+        let found = comes_to(&mut sql, *id, "succeeded");
+        assert_eq!((&found["attempts"], &found["deaths"], odoo.times(*id)), (&json!(1), &json!(0), 1));
+    }
+    let calls = odoo.calls().len();
+    assert!(calls < jobs.len() / 2, "{calls} calls");
+}
+
+#[test]
+fn a_job_that_dies_in_company_takes_no_other_along() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 1"]);
+    let mut sql = cluster.database("jo_company_dies");
+    odoo.connect(cluster.connect("jo_company_dies"));
+    warm_up(&mut sql);
+    odoo.does("die", Does::HangUp);
+    let jobs = enqueue_at_once(&mut sql, &["write", "write", "die", "write", "write"]);
+    for (place, id) in jobs.iter().enumerate() {
+        let (state, deaths) = if place == 2 { ("failed", 5) } else { ("succeeded", 0) };
+        let found = comes_to(&mut sql, *id, state);
+        assert_eq!((&found["deaths"], odoo.times(*id)), (&json!(deaths), deaths.max(1)), "job {place}");
+        assert_eq!(found["attempts"], json!(i32::from(place != 2)), "job {place}");
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_slow_job_in_its_call() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 2"]);
+    let mut sql = cluster.database("jo_company_slow");
+    odoo.connect(cluster.connect("jo_company_slow"));
+    warm_up(&mut sql);
+    odoo.does("wait", Does::Wait);
+    let jobs = enqueue_at_once(&mut sql, &["wait", "write", "write", "write", "write", "write"]);
+    for id in &jobs[1..] {
+        let found = comes_to(&mut sql, *id, "succeeded");
+        assert_eq!((&found["attempts"], &found["deaths"], odoo.times(*id)), (&json!(1), &json!(0), 1));
+    }
+    assert_eq!(status(&mut sql, jobs[0])["state"], json!("processing"));
+    odoo.let_go();
+    comes_to(&mut sql, jobs[0], "succeeded");
+}
+
+#[test]
+fn a_job_cancelled_while_it_waits_in_a_call_is_not_run() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 1"]);
+    let mut sql = cluster.database("jo_company_cancel");
+    odoo.connect(cluster.connect("jo_company_cancel"));
+    warm_up(&mut sql);
+    odoo.does("wait", Does::Wait);
+    let jobs = enqueue_at_once(&mut sql, &["wait", "write", "write"]);
+    eventually("the first is begun", || odoo.times(jobs[0]) == 1);
+    assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&jobs[1]]).unwrap().get::<_, bool>(0));
+    odoo.let_go();
+    comes_to(&mut sql, jobs[0], "succeeded");
+    comes_to(&mut sql, jobs[2], "succeeded");
+    assert_eq!((status(&mut sql, jobs[1])["state"].as_str(), odoo.times(jobs[1])), (Some("cancelled"), 0));
+}

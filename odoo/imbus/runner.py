@@ -1,5 +1,6 @@
-"""Runs a job that the server has claimed: rebuilds its environment, calls the method, and settles the job through SQL.
+"""Runs jobs that the server has claimed: rebuilds each one's environment, calls its method, and settles it through SQL.
 
+Short jobs are claimed under one token and run one after another, in order, each in a transaction of its own.
 The fencing token stays here, out of the reach of contexts, which travel.
 """
 import contextlib
@@ -33,9 +34,12 @@ TRACE, RPC = 'async_trace', 'async_rpc'
 # How much is kept of where a job's ancestors enqueued it.
 TRACE_DEPTH, TRACE_LENGTH = 5, 4000
 
+# With it comes the job that is to follow.
 READ_JOB = """
-    SELECT res_model, res_ids, method, args, kwargs, user_id, context, super_user
-      FROM ir_async WHERE id = %s AND token = %s AND state = 'processing'"""
+    SELECT res_model, res_ids, method, args, kwargs, user_id, context, super_user,
+           (SELECT f.id FROM ir_async f WHERE f.token = j.token AND f.state = 'processing'
+               AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
+      FROM ir_async j WHERE id = %s AND token = %s AND state = 'processing'"""
 
 
 class JobLost(Exception):
@@ -55,6 +59,7 @@ class Job:
         self.token = token
         self.label = ''
         self.trace = []
+        self.following = None
 
 
 current = ContextVar('imbus_job', default=None)
@@ -139,14 +144,30 @@ def background(job):
 
 
 def run(dbname, job_id, token):
-    """Runs a claimed job and settles it; returns its new state. Raises Unavailable, JobLost (nothing was done)."""
+    """Runs the claimed job, and those that follow under its token, and settles them; returns the last one's new state.
+    Raises Unavailable, JobLost (nothing was done)."""
     if dbname not in Registry.registries:
         check_claim(dbname, job_id, token)
     # One that is loaded is served, and the claim is checked by the transaction that does the work.
     registry = Registry(dbname).check_signaling()
     if 'ir.async' not in registry:
         raise Unavailable()
-    job = Job(dbname, job_id, token)
+    state = None
+    while job_id:
+        job = Job(dbname, job_id, token)
+        try:
+            state = run_job(registry, job)
+        except JobLost:
+            # The server has given back those that had to wait.
+            if state is None:
+                raise
+            break
+        job_id = job.following
+    return state
+
+
+def run_job(registry, job):
+    """Runs a job and settles it; returns its new state. Raises JobLost."""
     with background(job):
         try:
             with registry.cursor() as cr:
@@ -155,7 +176,7 @@ def run(dbname, job_id, token):
             raise
         except (errors.ObjectNotInPrerequisiteState, errors.SerializationFailure) as error:
             # Whichever statement met it: is the job still ours?
-            check_claim(dbname, job_id, token)
+            check_claim(job.dbname, job.id, job.token)
             failure = error
         except Exception as error:  # noqa: BLE001 whatever a method raises is the job's failure
             failure = error
@@ -172,7 +193,8 @@ def work(cr, job):
         row = env.cr.fetchone()
         if row is None:
             raise JobLost()
-        result = dumps(call(env, job, *row))
+        *asked, job.following = row
+        result = dumps(call(env, job, *asked))
         env.flush_all()
         env.cr.execute("SELECT ir_async_finish(%s, %s, %s::jsonb)", (job.id, job.token, result))
         return 'done' if result == 'null' else 'succeeded'

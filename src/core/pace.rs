@@ -1,36 +1,32 @@
-//! How many short jobs a runner claims at once: few enough that they take no longer than [`BUDGET`] together, by what the
-//! last ones took. Jobs that take longer are claimed one by one.
+//! How many short jobs are claimed at once: few enough that they take no longer than a budget together, by what the last
+//! ones took. Jobs that take longer are claimed one by one.
 
 use std::time::Duration;
 
-/// How long jobs that share a transaction may take together before it is committed: nobody notices the delay, and the
-/// costs of a commit are spread over many.
-pub const BUDGET: Duration = Duration::from_millis(5);
-
-/// Jobs claimed at once, at most.
-const MOST: usize = 256;
-
 /// The pace of one runner.
 #[derive(Clone, Debug)]
-pub struct Pace(usize);
-
-impl Default for Pace {
-    fn default() -> Pace {
-        Pace(1)
-    }
+pub struct Pace {
+    size: usize,
+    budget: Duration,
+    most: usize,
 }
 
 impl Pace {
+    /// For jobs that may take so long together, and never more than `most` of them. It begins with one.
+    pub fn new(budget: Duration, most: usize) -> Pace {
+        Pace { size: 1, budget, most }
+    }
+
     /// How many jobs to claim next.
     pub fn size(&self) -> usize {
-        self.0
+        self.size
     }
 
     /// So many jobs have taken so long, with all that belongs to them. At most twice as many next time.
     pub fn record(&mut self, jobs: usize, took: Duration) {
         let each = (took.as_nanos() / (jobs.max(1) as u128)).max(1);
-        let fit = usize::try_from(BUDGET.as_nanos() / each).unwrap_or(MOST);
-        self.0 = fit.min(self.0.max(jobs).saturating_mul(2)).clamp(1, MOST);
+        let fit = usize::try_from(self.budget.as_nanos() / each).unwrap_or(self.most);
+        self.size = fit.min(self.size.max(jobs).saturating_mul(2)).clamp(1, self.most);
     }
 }
 
@@ -40,7 +36,7 @@ mod tests {
 
     #[test]
     fn short_jobs_are_claimed_by_ever_more_long_ones_one_by_one() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(Duration::from_millis(5), 256);
         let mut sizes = Vec::new();
         for _ in 0..10 {
             sizes.push(pace.size());

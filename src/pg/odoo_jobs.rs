@@ -1,14 +1,16 @@
 //! Jobs that Odoo runs: claimed here, called by the gateway, settled by Odoo itself through SQL. No transaction is open
-//! here meanwhile; a claim ends with the call.
+//! here meanwhile; a claim ends with the call. Short jobs share a call and a token: Odoo runs them one after another, each
+//! in a transaction of its own, in the order of their claim.
 
 use super::dispatcher::give_back;
 use super::guc;
-use super::jobs::{self, Claimed, Failed, Room};
+use super::jobs::{self, Claimed, Failed, Room, Token};
 use super::report::Outcome;
 use super::shared::Shared;
 use super::transaction::{self, Failure};
 use crate::core::job::Lane;
 use crate::core::link::{Called, Event};
+use crate::core::pace::Pace;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
@@ -16,15 +18,38 @@ use std::time::{Duration, Instant};
 const NO_PLACE: Duration = Duration::from_millis(200);
 /// How long Odoo is left alone that was not reached, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// How long jobs that share a call may take together, and how many they may be.
+const COMPANY: (Duration, usize) = (Duration::from_millis(50), 50);
+/// After this time those that were not begun are given back: they do not wait for the one that takes so long.
+const STALLED: Duration = Duration::from_millis(150);
 /// Shown as the job's `worker`.
 const WORKER: &str = "Odoo";
+
+/// Claimed jobs that Odoo was called for.
+struct Batch {
+    token: Token,
+    /// In the order in which Odoo runs them.
+    ids: Vec<i64>,
+    began: Instant,
+    /// All but the one at work have been given back.
+    is_single: bool,
+}
+
+impl Batch {
+    /// Those that are still processed, in order.
+    fn left(&self) -> Outcome<Vec<i64>> {
+        let left = jobs::left(&self.token)?;
+        Ok(self.ids.iter().copied().filter(|id| left.contains(id)).collect())
+    }
+}
 
 /// The jobs of one database that Odoo works on.
 pub struct OdooJobs {
     shared: &'static Shared,
     database: u32,
-    calls: HashMap<u64, Claimed>,
+    calls: HashMap<u64, Batch>,
     next_call: u64,
+    pace: Pace,
     /// A call was broken off: a front that takes calls for an Odoo that is down breaks off all of them, and no job is to die of
     /// that. So Odoo is asked whether it is there before the next job.
     is_doubtful: bool,
@@ -43,6 +68,7 @@ impl OdooJobs {
             database,
             calls: HashMap::new(),
             next_call: 0,
+            pace: Pace::new(COMPANY.0, COMPANY.1),
             is_doubtful: false,
             probe: None,
             pause: None,
@@ -52,11 +78,18 @@ impl OdooJobs {
 
     /// Whether Odoo works on this job by this token.
     pub fn has(&self, claimed: &Claimed) -> bool {
-        self.calls.values().any(|mine| mine.id == claimed.id && mine.token == claimed.token)
+        self.calls.values().any(|mine| mine.token == claimed.token && mine.ids.contains(&claimed.id))
     }
 
     /// Claims jobs of these lanes, while Odoo has places: the calls to be made. With them comes when to look again.
     pub fn serve(&mut self, lanes: &[Lane]) -> (Vec<Event>, Option<Instant>) {
+        self.give_back_stalled();
+        let (calls, again) = self.call(lanes);
+        let stalling = self.calls.values().filter(|batch| !batch.is_single).map(|batch| batch.began + STALLED);
+        (calls, stalling.chain(again).min())
+    }
+
+    fn call(&mut self, lanes: &[Lane]) -> (Vec<Event>, Option<Instant>) {
         let mut calls = Vec::new();
         self.shared.want_odoo(self.database, !lanes.is_empty());
         if let Some((until, _)) = self.pause.filter(|(until, _)| *until > Instant::now() && !lanes.is_empty()) {
@@ -79,12 +112,16 @@ impl OdooJobs {
             if is_probing || !self.shared.enter_odoo(self.database, guc::odoo_jobs()) {
                 return (calls, Some(Instant::now() + NO_PLACE));
             }
-            match transaction::run(|| claim(lanes)) {
-                Ok(Some(claimed)) => {
+            // One that is doubtful takes but one job with it.
+            let size = if self.pause.is_some() { 1 } else { self.pace.size() };
+            // With itself.
+            let places = guc::odoo_jobs().saturating_sub(self.shared.odoo_calls()).saturating_add(1);
+            match transaction::run(|| claim(lanes, size, usize::try_from(places).unwrap_or(1))) {
+                Ok(Some(batch)) => {
                     self.next_call += 1;
-                    let (call, id, token) = (self.next_call, claimed.id, claimed.token.clone());
-                    self.calls.insert(call, claimed);
-                    calls.push(Event::Call { call, id, token });
+                    let (call, id) = (self.next_call, batch.ids.first().copied().unwrap_or(0));
+                    calls.push(Event::Call { call, id, token: batch.token.clone() });
+                    self.calls.insert(call, batch);
                 }
                 Ok(None) => {
                     self.shared.leave_odoo(self.database);
@@ -104,7 +141,7 @@ impl OdooJobs {
         if self.probe == Some(call) {
             return self.probed(outcome);
         }
-        let Some(claimed) = self.calls.remove(&call) else { return };
+        let Some(batch) = self.calls.remove(&call) else { return };
         self.shared.leave_odoo(self.database);
         match outcome {
             Called::Settled | Called::Lost | Called::Died(_) => self.is_there(),
@@ -112,8 +149,35 @@ impl OdooJobs {
             Called::Broken(_) => self.is_doubtful = true,
             Called::Alive => self.rest("it does not take the job for one"),
         }
-        // Odoo has settled it in its own transaction; where it has not, the row is as it was.
-        give_back(&claimed, !matches!(outcome, Called::Refused(_) | Called::Alive));
+        // Odoo has settled jobs in its own transactions; where it has not, the rows are as they were.
+        let left = match transaction::run(|| batch.left()) {
+            Ok(left) => left,
+            Err(failure) => return pgrx::warning!("imbus could not look what Odoo has done: {failure}"),
+        };
+        self.pace.record(batch.ids.len() - left.len(), batch.began.elapsed());
+        if let Some(first) = left.first() {
+            let is_begun = match outcome {
+                Called::Refused(_) | Called::Alive => false,
+                Called::Died(_) | Called::Broken(_) => true,
+                Called::Settled | Called::Lost => Some(first) == batch.ids.first(),
+            };
+            give_back_all(&batch, &left, is_begun);
+        }
+    }
+
+    /// Gives back jobs that wait for another one in their call.
+    fn give_back_stalled(&mut self) {
+        let is_stalled = |batch: &&mut Batch| !batch.is_single && batch.began.elapsed() >= STALLED;
+        for batch in self.calls.values_mut().filter(is_stalled) {
+            let given_back = transaction::run(|| match batch.left()?.as_slice() {
+                [at_work, _, ..] => jobs::give_back_others(&batch.token, *at_work),
+                _ => Ok(0),
+            });
+            match given_back {
+                Ok(_) => batch.is_single = true,
+                Err(failure) => pgrx::debug1!("imbus could not give back jobs: {failure}"),
+            }
+        }
     }
 
     /// Whether Odoo is there.
@@ -164,24 +228,40 @@ impl OdooJobs {
     /// Nobody will hear how the calls end: their jobs are given back, whose tokens keep off what Odoo may still do.
     pub fn give_back_all(&mut self) {
         self.probe = None;
-        for (_, claimed) in self.calls.drain() {
+        for (_, batch) in self.calls.drain() {
             self.shared.leave_odoo(self.database);
-            give_back(&claimed, false);
+            give_back_all(&batch, &batch.ids, false);
         }
     }
 }
 
-/// Claims the first job of the first lane that has one.
-fn claim(lanes: &[Lane]) -> Outcome<Option<Claimed>> {
+/// Gives back those of a batch that are left; the first was at work, and has died if that `counts`.
+fn give_back_all(batch: &Batch, left: &[i64], counts: bool) {
+    let Some(first) = left.first() else { return };
+    if left.len() > 1
+        && let Err(failure) = transaction::run(|| jobs::give_back_others(&batch.token, *first))
+    {
+        pgrx::warning!("imbus could not give back jobs: {failure}");
+    }
+    give_back(&Claimed { id: *first, token: batch.token.clone() }, counts);
+}
+
+/// Claims the first jobs of the first lane that has some, up to `size`, and no more than one place's share of them.
+fn claim(lanes: &[Lane], size: usize, places: usize) -> Outcome<Option<Batch>> {
     if !jobs::lock_limits()? {
         return Ok(None);
     }
     let room = Room::now()?;
     for lane in lanes.iter().filter(|lane| room.of(&lane.queue) != Some(0)) {
-        if let Some(locked) = jobs::lock_first(lane, 1, None)?.0.first() {
+        // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
+        let size = if room.of(&lane.queue).is_some() { 1 } else { size };
+        let (locked, _) = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None)?;
+        let share = if locked.len() < size { locked.len().div_ceil(places) } else { size };
+        let ids = jobs::company(locked.get(..share).unwrap_or_default());
+        if !ids.is_empty() {
             let token = jobs::new_token()?;
-            jobs::take(&[locked.id], &token, Some(WORKER))?;
-            return Ok(Some(Claimed { id: locked.id, token }));
+            jobs::take(&ids, &token, Some(WORKER))?;
+            return Ok(Some(Batch { token, is_single: ids.len() == 1, ids, began: Instant::now() }));
         }
     }
     Ok(None)

@@ -363,12 +363,16 @@ impl Shared {
         let wanting = self.databases().filter(|slot| slot.odoo_wanted.load(Ordering::Acquire)).count().max(1);
         let share = (limit / u32::try_from(wanting).unwrap_or(1)).max(1);
         let mine = slot.odoo_jobs.fetch_add(1, Ordering::AcqRel);
-        let all: u32 = self.databases().map(|slot| slot.odoo_jobs.load(Ordering::Acquire)).sum();
-        let has_place = all <= limit && mine < share;
+        let has_place = self.odoo_calls() <= limit && mine < share;
         if !has_place {
             slot.odoo_jobs.fetch_sub(1, Ordering::AcqRel);
         }
         has_place
+    }
+
+    /// How many places with Odoo are taken.
+    pub fn odoo_calls(&self) -> u32 {
+        self.databases().map(|slot| slot.odoo_jobs.load(Ordering::Acquire)).sum()
     }
 
     /// Gives such a place back, and tells the databases whose jobs wait for one.

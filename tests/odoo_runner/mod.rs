@@ -37,6 +37,8 @@ pub struct Call {
 #[derive(Default)]
 struct State {
     calls: Vec<Call>,
+    /// The ids of the jobs that it began, in order.
+    began: Vec<i64>,
     does: HashMap<String, Does>,
     databases: HashMap<String, Arc<Mutex<Client>>>,
     /// The statement that settles a job, with its id, token and method.
@@ -106,6 +108,12 @@ impl OdooRunner {
         self.with(|state| state.calls.clone())
     }
 
+    /// How often it began this job.
+    pub fn times(&self, id: i64) -> usize {
+        self.with(|state| state.began.iter().filter(|began| **began == id).count())
+    }
+
+    /// How often it was called with a job of this method first.
     pub fn count(&self, method: &str) -> usize {
         self.with(|state| state.calls.iter().filter(|call| call.method == method).count())
     }
@@ -192,17 +200,45 @@ impl OdooRunner {
             let _ = write!(stream, "HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{{}}");
             return;
         }
-        let (database, id) = (body["db"].as_str().unwrap().to_owned(), body["id"].as_i64().unwrap());
+        let (database, mut id) = (body["db"].as_str().unwrap().to_owned(), body["id"].as_i64().unwrap());
         let token = body["token"].as_str().unwrap().to_owned();
         let client = self.with(|state| state.databases.get(&database).cloned());
-        let method: String = client.as_ref().map_or_else(String::new, |client| {
+        self.with(|state| {
+            state.under_way += 1;
+            state.most = state.most.max(state.under_way);
+        });
+        let mut status = self.run(client.as_ref(), id, &token, Some((head, body)));
+        while status == Some(200)
+            && let Some(next) = client.as_ref().and_then(|client| following(client, id, &token))
+        {
+            id = next;
+            match self.run(client.as_ref(), id, &token, None) {
+                // Those that had to wait have been given back.
+                Some(409) => break,
+                next => status = next,
+            }
+        }
+        self.with(|state| state.under_way -= 1);
+        if let Some(status) = status {
+            let _ = write!(stream, "HTTP/1.1 {status} Status\r\nContent-Length: 2\r\n\r\n{{}}");
+        }
+    }
+
+    /// Runs a job: the status to answer with, None to hang up.
+    fn run(
+        &self,
+        client: Option<&Arc<Mutex<Client>>>,
+        id: i64,
+        token: &str,
+        call: Option<(String, Value)>,
+    ) -> Option<u16> {
+        let method: String = client.map_or_else(String::new, |client| {
             let row = client.lock().unwrap().query_one("SELECT method::text FROM ir_async WHERE id = $1", &[&id]);
             row.map_or_else(|_| String::new(), |row| row.get(0))
         });
         let does = self.with(|state| {
-            state.calls.push(Call { head, body, method: method.clone() });
-            state.under_way += 1;
-            state.most = state.most.max(state.under_way);
+            state.calls.extend(call.map(|(head, body)| Call { head, body, method: method.clone() }));
+            state.began.push(id);
             state.does.get(&method).copied().unwrap_or(Does::Finish)
         });
         if let Does::Wait = does {
@@ -214,9 +250,7 @@ impl OdooRunner {
             Does::Finish | Does::Wait => {
                 let finish =
                     self.with(|state| state.settle).unwrap_or("SELECT ir_async_finish($1, $2, to_jsonb($3::text))");
-                let Some(client) = client else { return };
-                let settled = client.lock().unwrap().execute(finish, &[&id, &token, &method]);
-                match settled {
+                match client?.lock().unwrap().execute(finish, &[&id, &token, &method]) {
                     Ok(_) => Some(200),
                     Err(error) if error.code().is_some() => Some(409),
                     // Its database is gone: an Odoo says so before it begins anything.
@@ -224,14 +258,16 @@ impl OdooRunner {
                 }
             }
         };
-        self.with(|state| {
-            state.under_way -= 1;
-            state.refused += usize::from(status == Some(409));
-        });
-        if let Some(status) = status {
-            let _ = write!(stream, "HTTP/1.1 {status} Status\r\nContent-Length: 2\r\n\r\n{{}}");
-        }
+        self.with(|state| state.refused += usize::from(status == Some(409)));
+        status
     }
+}
+
+/// The job that follows under the same token.
+fn following(client: &Mutex<Client>, id: i64, token: &str) -> Option<i64> {
+    let text = "SELECT f.id FROM ir_async f, ir_async j WHERE j.id = $1 AND f.token = $2 AND f.state = 'processing'
+                   AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1";
+    client.lock().unwrap().query_opt(text, &[&id, &token]).ok().flatten().map(|row| row.get(0))
 }
 
 fn read(stream: &TcpStream) -> Option<(String, Value)> {

@@ -118,6 +118,12 @@ pub struct Locked {
     pub is_alone: bool,
 }
 
+/// The ids of those that may be claimed together: the first alone, or those up to the next one that is run alone.
+pub fn company(locked: &[Locked]) -> Vec<i64> {
+    let alone = locked.first().filter(|first| first.is_alone).map(|first| vec![first.id]);
+    alone.unwrap_or_else(|| locked.iter().take_while(|job| !job.is_alone).map(|job| job.id).collect())
+}
+
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
 /// the lane begins or from where the last claim ended. With them comes where the next claim may go on.
 pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
@@ -206,6 +212,12 @@ pub fn take(ids: &[i64], token: &Token, worker: Option<&str>) -> Outcome<Vec<Wor
     let places: HashMap<i64, usize> = ids.iter().enumerate().map(|(place, id)| (*id, place)).collect();
     works.sort_unstable_by_key(|work| places.get(&work.id).copied());
     Ok(works)
+}
+
+/// Which jobs are still processed under a token.
+pub fn left(token: &Token) -> Outcome<Vec<i64>> {
+    let text = "SELECT id FROM TABLE WHERE token = $1 AND state = 'processing'";
+    along_indexes(|| on_table(text, &[Text(token.clone()).into()], |row| row.need(1)))
 }
 
 /// Locks a claimed job for the transaction that runs it; None when the token has been given up. Waits a little for who has

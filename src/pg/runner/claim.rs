@@ -10,6 +10,13 @@ use crate::pg::transaction;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// How long jobs that share a transaction may take together before it is committed: nobody notices the delay, and the
+/// costs of a commit are spread over many.
+pub const BUDGET: Duration = Duration::from_millis(5);
+
+/// Jobs claimed at once, at most.
+const MOST: usize = 256;
+
 /// What a look at all lanes leaves to work, in times of what it took.
 const SPARING: u32 = 20;
 
@@ -36,7 +43,14 @@ pub struct Claims {
 impl Claims {
     /// None made yet.
     pub fn new(slot: &'static RunnerSlot, role: u32) -> Claims {
-        Claims { slot, role, pace: Pace::default(), ended: None, next_look: Instant::now(), began: Instant::now() }
+        Claims {
+            slot,
+            role,
+            pace: Pace::new(BUDGET, MOST),
+            ended: None,
+            next_look: Instant::now(),
+            began: Instant::now(),
+        }
     }
 
     /// Claims the next jobs. None when there are none that can run, or when the runner is to leave.
@@ -63,7 +77,7 @@ impl Claims {
             locked if !locked.is_empty() => locked,
             _ => self.look()?,
         };
-        let ids = alike(&locked);
+        let ids = jobs::company(&locked);
         let Some(first) = ids.first() else { return Ok(None) };
         let token = jobs::new_token()?;
         // Before the commit, so that no job that a runner has is taken for an orphan.
@@ -109,10 +123,4 @@ impl Claims {
     fn size(&self) -> i64 {
         if session::can_share() { i64::try_from(self.pace.size()).unwrap_or(1) } else { 1 }
     }
-}
-
-/// The jobs that may be claimed together: the first alone, or those up to the next one that is run alone.
-fn alike(locked: &[Locked]) -> Vec<i64> {
-    let alone = locked.first().filter(|first| first.is_alone).map(|first| vec![first.id]);
-    alone.unwrap_or_else(|| locked.iter().take_while(|job| !job.is_alone).map(|job| job.id).collect())
 }
