@@ -272,3 +272,16 @@ fn a_job_cancelled_while_it_waits_in_a_call_is_not_run() {
     comes_to(&mut sql, jobs[2], "succeeded");
     assert_eq!((status(&mut sql, jobs[1])["state"].as_str(), odoo.times(jobs[1])), (Some("cancelled"), 0));
 }
+
+#[test]
+fn odoo_settles_the_jobs_of_all_roles() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &[]);
+    let mut sql = cluster.database("jo_roles");
+    // Odoo's own role may read the table, as the owner of its database may; the job is a superuser's.
+    sql.batch_execute("CREATE ROLE jo_odoo LOGIN; GRANT SELECT ON ir_async TO jo_odoo").unwrap();
+    sql.batch_execute("GRANT EXECUTE ON FUNCTION ir_async_finish(bigint, text, jsonb) TO jo_odoo").unwrap();
+    odoo.connect(cluster.connect_as("jo_roles", "jo_odoo"));
+    let id = enqueue(&mut sql, "write", "");
+    assert_eq!(comes_to(&mut sql, id, "succeeded")["deaths"], json!(0));
+}

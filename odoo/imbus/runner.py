@@ -34,9 +34,10 @@ TRACE, RPC = 'async_trace', 'async_rpc'
 # How much is kept of where a job's ancestors enqueued it.
 TRACE_DEPTH, TRACE_LENGTH = 5, 4000
 
-# With it comes the job that is to follow.
+# With it come whether its user is active, NULL for none, and the job that is to follow.
 READ_JOB = """
     SELECT res_model, res_ids, method, args, kwargs, user_id, context, super_user,
+           (SELECT u.active FROM res_users u WHERE u.id = j.user_id),
            (SELECT f.id FROM ir_async f WHERE f.token = j.token AND f.state = 'processing'
                AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
       FROM ir_async j WHERE id = %s AND token = %s AND state = 'processing'"""
@@ -202,7 +203,7 @@ def work(cr, job):
     return retrying(attempt, env)
 
 
-def call(env, job, model, ids, method, args, kwargs, user_id, context, su):
+def call(env, job, model, ids, method, args, kwargs, user_id, context, su, is_active):
     """The method's result."""
     context = dict(context or {})
     job.label = f'{model}.{method}'
@@ -210,8 +211,7 @@ def call(env, job, model, ids, method, args, kwargs, user_id, context, su):
     is_rpc = context.pop(RPC, False)
     context['async_job_id'] = job.id
     uid = user_id or api.SUPERUSER_ID
-    user = env['res.users'].browse(uid).exists()
-    if not user or not (user.active or uid == api.SUPERUSER_ID):
+    if uid != api.SUPERUSER_ID and not is_active:
         raise UserError(env._('The user of job %(job)s does not exist, or is not active.', job=job.id))
     threading.current_thread().uid = uid
     env = api.Environment(env.cr, uid, context, bool(su))

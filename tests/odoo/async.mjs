@@ -1,55 +1,14 @@
 // The add-on in odoo/imbus, in a real browser: jobs from the page's point of view. Set up and run as test.mjs is.
 
 import assert from 'node:assert/strict';
-import { execFileSync } from 'node:child_process';
-import { mkdirSync, readFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { readFileSync } from 'node:fs';
 import { after, before, test } from 'node:test';
-import { chromium } from 'playwright-core';
-
-const PATIENCE = 60_000;
-const { IMBUS_FRONT, PSQL, SCREENSHOTS } = process.env;
-const A = `http://a.localhost:${IMBUS_FRONT}`;
-const B = `http://b.localhost:${IMBUS_FRONT}`;
+import { A, B, PATIENCE, launch, login as logIn, picture, sql as query, sqlBeside, until } from './common.mjs';
 
 let browser, admin, second;
 
-function sql(query, database = 'odoo_a') {
-  const [command, ...args] = PSQL.split(' ');
-  return execFileSync(command, [...args, '-d', database, '-c', query], { encoding: 'utf8' }).trim();
-}
-
-async function until(what, condition) {
-  const end = Date.now() + PATIENCE;
-  for (;;) {
-    let seen;
-    try {
-      seen = await condition();
-      if (seen) return seen;
-    } catch (error) {
-      seen = error;
-    }
-    if (Date.now() > end) assert.fail(`waited in vain until ${what}: ${seen}`);
-    await new Promise((done) => setTimeout(done, 200));
-  }
-}
-
-async function picture(page, name) {
-  if (!SCREENSHOTS) return;
-  mkdirSync(SCREENSHOTS, { recursive: true });
-  await page.screenshot({ path: join(SCREENSHOTS, `${name}.png`) });
-}
-
-async function login(site) {
-  const context = await browser.newContext({ viewport: { width: 1280, height: 800 }, acceptDownloads: true });
-  const page = await context.newPage();
-  await page.goto(`${site}/web/login`);
-  await page.fill('input[name=login]', 'admin');
-  await page.fill('input[name=password]', 'admin');
-  await page.click('.oe_login_form button[type=submit]');
-  await page.waitForSelector('.o_main_navbar', { timeout: PATIENCE });
-  return page;
-}
+const sql = (text, database = 'odoo_a') => query(text, database);
+const login = async (site) => (await logIn(browser, site, 'admin', 'admin')).page;
 
 /** The page's own asyncRpc: {result} or {error}. */
 const asyncRpc = (page, call) =>
@@ -62,10 +21,7 @@ const asyncRpc = (page, call) =>
   }, call);
 
 before(async () => {
-  browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-    args: ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'],
-  });
+  browser = await launch();
   admin = await login(A);
   second = await admin.context().newPage();
   for (const page of [admin, second]) {
@@ -119,6 +75,62 @@ test('an export goes from the button to the file, and is gone from all tabs', as
   for (const page of [admin, second]) {
     await page.waitForSelector('.o_async_jobs_toggle', { state: 'detached', timeout: PATIENCE });
   }
+});
+
+/** Keeps a partner locked until it is let go: a job that writes it goes on so long. */
+async function locked(partner) {
+  const name = `imbus test ${partner}`;
+  const text = `SET application_name = '${name}'; BEGIN; SELECT FROM res_partner WHERE id = ${partner} FOR UPDATE; SELECT pg_sleep(100)`;
+  const ended = sqlBeside(text, 'odoo_a');
+  await until('the partner is locked', () => sql(`SELECT count(*) FROM pg_stat_activity WHERE application_name = '${name}' AND query LIKE '%pg_sleep%' AND wait_event = 'PgSleep'`) === '1');
+  return async () => {
+    sql(`SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '${name}'`);
+    await ended;
+  };
+}
+
+test('the promise of a job that ends while the bus is away is kept', async () => {
+  const id = sql("INSERT INTO res_partner (name, active) VALUES ('Locked', true) RETURNING id");
+  const letGo = await locked(id);
+  const promise = asyncRpc(admin, { model: 'res.partner', method: 'write', args: [[Number(id)], { name: 'Written' }] });
+  const state = () => sql(`SELECT state FROM ir_async WHERE method = 'write' AND res_ids = '[${id}]' ORDER BY id DESC LIMIT 1`);
+  await until('the job is at work', () => state() === 'processing');
+  // All websockets go, and the call of Odoo with them: the job is run once more.
+  sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'imbus gateway'", 'postgres');
+  await letGo();
+  assert.deepEqual(await promise, { result: true });
+  assert.equal(sql(`SELECT name FROM res_partner WHERE id = ${id}`), 'Written');
+});
+
+test('the systray shows how far a job is, and cancels it', async () => {
+  const id = sql("INSERT INTO res_partner (name, active) VALUES ('Slow', true) RETURNING id");
+  const letGo = await locked(id);
+  const promise = asyncRpc(admin, { model: 'res.partner', method: 'write', args: [[Number(id)], { name: 'No' }], description: 'Slow work' });
+  await second.click('.o_async_jobs_toggle', { timeout: PATIENCE });
+  await second.waitForSelector('.o_async_job[data-state=processing]', { timeout: PATIENCE });
+  sql("SELECT ir_async_progress(id, token, 40, 'four of ten') FROM ir_async WHERE state = 'processing' AND name = 'Slow work'");
+  await second.waitForSelector('.o_async_job .progress[aria-valuenow="40"]', { timeout: PATIENCE });
+  await second.waitForSelector('.o_async_job:has-text("four of ten")', { timeout: PATIENCE });
+  await picture(second, 'odoo-async-progress');
+  await second.click('.o_async_job_cancel');
+  const { error } = await promise;
+  assert.equal(error.message, 'The job was cancelled.');
+  await letGo();
+  await second.waitForSelector('.o_async_jobs_toggle', { state: 'detached', timeout: PATIENCE });
+  assert.equal(sql(`SELECT name FROM res_partner WHERE id = ${id}`), 'Slow');
+});
+
+test('many short jobs share requests, and one that fails takes no other along', async () => {
+  const requests = () => readFileSync(process.env.ODOO_LOG, 'utf8').split('POST /imbus/async/run').length;
+  const before = requests();
+  const last = sql(`SELECT max(id) FROM (SELECT ir_async_call(CASE n WHEN 150 THEN 'no_such_method' ELSE 'search_count' END,
+    CASE n WHEN 150 THEN '[]' ELSE '[[]]' END::jsonb, model => 'res.partner', user_id => 2, queue => 'many') AS id
+    FROM generate_series(1, 300) n) s`);
+  const states = () => sql("SELECT string_agg(state || ' ' || n, ', ' ORDER BY state) FROM (SELECT state, count(*) n FROM ir_async WHERE queue = 'many' GROUP BY 1) s");
+  await until('all have ended', () => states() === 'failed 1, succeeded 299');
+  assert.equal(sql("SELECT max(attempts) || ' ' || max(deaths) FROM ir_async WHERE queue = 'many'"), '1 0');
+  assert.ok(requests() - before < 150, `${requests() - before} requests`);
+  sql(`DELETE FROM ir_async WHERE queue = 'many' AND id <= ${last}`);
 });
 
 test('the administrator sees the jobs, and brings a failed one back', async () => {

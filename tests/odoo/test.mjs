@@ -14,63 +14,20 @@
 
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
-import { mkdirSync } from 'node:fs';
-import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { chromium } from 'playwright-core';
+import { A, B, PATIENCE, launch, login as logIn, picture, psql, sql, until } from './common.mjs';
 
-const PATIENCE = 60_000;
-const { IMBUS_FRONT, PSQL, RESTART, SCREENSHOTS } = process.env;
-const A = `http://a.localhost:${IMBUS_FRONT}`;
-const B = `http://b.localhost:${IMBUS_FRONT}`;
+const { RESTART } = process.env;
 const LOST = 'Real-time connection lost';
 
 let browser;
 let admin, demo; // the users' browsers, in database odoo_a
 
-/** A psql query's text. */
-function sql(query, database = 'postgres') {
-  const [command, ...args] = PSQL.split(' ');
-  return execFileSync(command, [...args, '-d', database, '-c', query], { encoding: 'utf8', stdio: ['ignore', 'pipe', 'pipe'] }).trim();
-}
-
-/** Waits until a function says something true; tells what was seen when it does not. */
-async function until(what, condition) {
-  const end = Date.now() + PATIENCE;
-  for (;;) {
-    let seen;
-    try {
-      seen = await condition();
-      if (seen) return seen;
-    } catch (error) {
-      seen = error;
-    }
-    if (Date.now() > end) assert.fail(`waited in vain until ${what}: ${seen}`);
-    await new Promise((done) => setTimeout(done, 200));
-  }
-}
-
 /** The open websockets of a user, by the gateway's view. */
 const sockets = (who, database = 'odoo_a') =>
   Number(sql(`SELECT count(*) FROM imbus_stat_connections WHERE subject = '${who}' AND datname = '${database}'`));
 
-async function picture(page, name) {
-  if (!SCREENSHOTS) return;
-  mkdirSync(SCREENSHOTS, { recursive: true });
-  await page.screenshot({ path: join(SCREENSHOTS, `${name}.png`) });
-}
-
-/** A browser of its own in which somebody has logged in. */
-async function login(site, name, password) {
-  const context = await browser.newContext({ viewport: { width: 1280, height: 800 } });
-  const page = await context.newPage();
-  await page.goto(`${site}/web/login`);
-  await page.fill('input[name=login]', name);
-  await page.fill('input[name=password]', password);
-  await page.click('.oe_login_form button[type=submit]');
-  await page.waitForSelector('.o_main_navbar', { timeout: PATIENCE });
-  return { context, page, site };
-}
+const login = (...who) => logIn(browser, ...who);
 
 /** Calls a method of Odoo's as the user of a page. */
 const call = (page, model, method, args, kwargs = {}) =>
@@ -106,10 +63,7 @@ const connected = (page) => until('the page is connected', () => page.evaluate((
 let general; // the id of channel "general"
 
 before(async () => {
-  browser = await chromium.launch({
-    executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
-    args: ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'],
-  });
+  browser = await launch();
   admin = await login(A, 'admin', 'admin');
   const found = await call(admin.page, 'res.users', 'search', [[['login', '=', 'demo']]]);
   if (found.length === 0) {
@@ -235,8 +189,7 @@ test('a trigger of Odoo\'s cron still reaches its processes', async () => {
     name: 'trigger', state: 'code', model_id: (await call(admin.page, 'ir.model', 'search', [[['model', '=', 'res.partner']]]))[0],
     code: "env.ref('base.autovacuum_job')._trigger()",
   }]);
-  const [command, ...args] = PSQL.split(' ');
-  const listener = spawn(command, [...args, '-d', 'postgres'], { stdio: ['pipe', 'pipe', 'inherit'] });
+  const listener = spawn(...psql('postgres'), { stdio: ['pipe', 'pipe', 'inherit'] });
   let heard = '';
   listener.stdout.on('data', (data) => (heard += data));
   listener.stdin.write('LISTEN cron_trigger;\nSELECT 1;\n');
@@ -285,7 +238,7 @@ test('a visitor without a session is the public, and hears nothing of users', as
   const before = sockets('res.partner(3)');
   const reply = await fetch(`http://127.0.0.1:${process.env.IMBUS_BUS}/websocket/peek_notifications`, {
     method: 'POST',
-    headers: { 'Content-Type': 'application/json', 'X-Forwarded-Host': `a.localhost:${IMBUS_FRONT}` },
+    headers: { 'Content-Type': 'application/json', 'X-Forwarded-Host': new URL(A).host },
     body: JSON.stringify({ jsonrpc: '2.0', method: 'call', id: 1, params: { channels: ['x'], last: 0, is_first_poll: true } }),
   });
   const { result } = await reply.json();
