@@ -9,7 +9,8 @@ mod outside;
 mod overview;
 
 pub use claims::{
-    Locked, Mark, Room, Work, company, count_due, lanes, left, lock, lock_first, lock_limits, processing, release, take,
+    Locked, Mark, Room, Work, company, count_due, is_told_of, lanes, left, lock, lock_first, lock_limits, processing,
+    release, take,
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{Failed, cancelled, fail, give_back_others, given_up, runner_died, succeed, succeed_all};

@@ -271,10 +271,17 @@ fn work(claimed: &Claimed) {
 }
 
 fn record(claimed: &Claimed, ended: &Ended) {
-    let recorded = transaction::run(|| match ended {
-        Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
-        Ended::Cancelled => jobs::cancelled(claimed),
-        Ended::Interrupted => jobs::runner_died(claimed, false),
+    let recorded = transaction::run(|| {
+        // The work was undone before: should the server crash before the record is on disk, the job is run once more. But
+        // what somebody has heard of must not be forgotten.
+        if !jobs::is_told_of(claimed)? {
+            transaction::set_local(c"synchronous_commit", c"off");
+        }
+        match ended {
+            Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
+            Ended::Cancelled => jobs::cancelled(claimed),
+            Ended::Interrupted => jobs::runner_died(claimed, false),
+        }
     });
     if let Err(failure) = recorded {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);

@@ -220,6 +220,12 @@ pub fn left(token: &Token) -> Outcome<Vec<i64>> {
     along_indexes(|| on_table(text, &[Text(token.clone()).into()], |row| row.need(1)))
 }
 
+/// Whether changes of a job are notified.
+pub fn is_told_of(claimed: &Claimed) -> Outcome<bool> {
+    let text = "SELECT notify IS NOT NULL FROM TABLE WHERE id = $1";
+    Ok(on_table(text, &[claimed.id.into()], |row| row.need(1))?.into_iter().next().unwrap_or(false))
+}
+
 /// Locks a claimed job for the transaction that runs it; None when the token has been given up. Waits a little for who has
 /// locked it: others who look for jobs lock for a moment also what has just been claimed. Errors: 55P03.
 pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {

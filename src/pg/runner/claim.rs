@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// How long jobs that share a transaction may take together before it is committed: nobody notices the delay, and the
 /// costs of a commit are spread over many.
-pub const BUDGET: Duration = Duration::from_millis(5);
+pub const BUDGET: Duration = Duration::from_millis(10);
 
 /// Jobs claimed at once, at most.
 const MOST: usize = 256;
