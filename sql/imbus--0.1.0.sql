@@ -203,6 +203,8 @@ CREATE FUNCTION @extschema@.ir_async_claim(queue text, max_jobs integer DEFAULT 
     RETURNS TABLE (id bigint, token text, name text, target text, args jsonb, kwargs jsonb, model text, res_ids jsonb,
                    user_id integer, context jsonb, su boolean, attempt integer, timeout interval)
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_claim_wrapper';
+CREATE FUNCTION @extschema@.ir_async_begin(id bigint, token text) RETURNS boolean
+    LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_begin_wrapper';
 CREATE FUNCTION @extschema@.ir_async_finish(id bigint, token text, result jsonb DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_finish_wrapper';
 CREATE FUNCTION @extschema@.ir_async_fail(id bigint, token text, error jsonb) RETURNS void
@@ -286,7 +288,8 @@ REVOKE ALL ON FUNCTION
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
-    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_finish(bigint, text, jsonb),
+    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_begin(bigint, text),
+    @extschema@.ir_async_finish(bigint, text, jsonb),
     @extschema@.ir_async_fail(bigint, text, jsonb),
     @extschema@.ir_async_progress(bigint, text, double precision, text),
     @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
@@ -313,7 +316,8 @@ GRANT EXECUTE ON FUNCTION @extschema@.imbus_version(), @extschema@.imbus_notify(
                                      interval, text, bigint[], text, bigint[], integer, jsonb, boolean),
     @extschema@.ir_async_status(bigint), @extschema@.ir_async_complete(bigint),
     @extschema@.ir_async_cancel(bigint), @extschema@.ir_async_retry(bigint), @extschema@.ir_async_call_many(jsonb),
-    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_finish(bigint, text, jsonb),
+    @extschema@.ir_async_claim(text, integer, text), @extschema@.ir_async_begin(bigint, text),
+    @extschema@.ir_async_finish(bigint, text, jsonb),
     @extschema@.ir_async_fail(bigint, text, jsonb),
     @extschema@.ir_async_progress(bigint, text, double precision, text),
     @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer, interval,
@@ -383,6 +387,8 @@ COMMENT ON FUNCTION @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb
     'have a job enqueued whenever the cron expression (minute hour day month weekday, seconds before them if wanted, or @daily) matches the clock of time_zone; replaces the schedule of that name; returns its id';
 COMMENT ON FUNCTION @extschema@.ir_async_claim(text, integer, text) IS
     'claim jobs of a queue for a runner outside: they are this session''s until it ends or their timeout has passed';
+COMMENT ON FUNCTION @extschema@.ir_async_begin(bigint, text) IS
+    'say that a claimed job is begun, of several: it is not given back while the transaction lasts; false when it is lost';
 COMMENT ON FUNCTION @extschema@.ir_async_finish(bigint, text, jsonb) IS 'end a claimed job with a result, or NULL for none';
 COMMENT ON FUNCTION @extschema@.ir_async_fail(bigint, text, jsonb) IS
     'end an attempt of a claimed job with an error {"code","message","data"}; "retry": false for no other attempt';

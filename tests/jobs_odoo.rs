@@ -285,3 +285,25 @@ fn odoo_settles_the_jobs_of_all_roles() {
     let id = enqueue(&mut sql, "write", "");
     assert_eq!(comes_to(&mut sql, id, "succeeded")["deaths"], json!(0));
 }
+
+#[test]
+fn what_odoo_has_begun_is_not_given_back() {
+    let odoo = OdooRunner::start();
+    let cluster = cluster(&odoo, &["imbus.odoo_jobs = 1"]);
+    let mut sql = cluster.database("jo_company_begun");
+    odoo.connect(cluster.connect("jo_company_begun"));
+    warm_up(&mut sql);
+    odoo.does("wait", Does::Wait);
+    let jobs = enqueue_at_once(&mut sql, &["wait", "write", "write"]);
+    eventually("the first is begun", || odoo.times(jobs[0]) == 1);
+    let token = odoo.calls().last().unwrap().body["token"].as_str().unwrap().to_owned();
+    let mut other = cluster.connect("jo_company_begun");
+    let mut work = other.transaction().unwrap();
+    assert!(work.query_one("SELECT ir_async_begin($1, $2)", &[&jobs[1], &token]).unwrap().get::<_, bool>(0));
+    comes_to(&mut sql, jobs[2], "created");
+    assert_eq!(status(&mut sql, jobs[1])["state"], json!("processing"));
+    work.rollback().unwrap();
+    odoo.let_go();
+    jobs.iter().for_each(|id| drop(comes_to(&mut sql, *id, "succeeded")));
+    assert_eq!((odoo.times(jobs[1]), odoo.times(jobs[2])), (1, 1));
+}

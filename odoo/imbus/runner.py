@@ -41,6 +41,8 @@ READ_JOB = """
            (SELECT f.id FROM ir_async f WHERE f.token = j.token AND f.state = 'processing'
                AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
       FROM ir_async j WHERE id = %s AND token = %s AND state = 'processing'"""
+# For the transaction that does the work: from here on it is not given back as one that only waits.
+BEGIN_JOB = READ_JOB + " AND ir_async_begin(j.id, j.token)"
 
 
 class JobLost(Exception):
@@ -159,7 +161,7 @@ def run(dbname, job_id, token):
         try:
             state = run_job(registry, job)
         except JobLost:
-            # The server has given back those that had to wait.
+            # Whatever the server has not given back yet, it gives back when the call ends.
             if state is None:
                 raise
             break
@@ -190,7 +192,7 @@ def work(cr, job):
 
     def attempt():
         # Again at each try: a job taken away meanwhile is not run once more.
-        env.cr.execute(READ_JOB, (job.id, job.token))
+        env.cr.execute(BEGIN_JOB, (job.id, job.token))
         row = env.cr.fetchone()
         if row is None:
             raise JobLost()

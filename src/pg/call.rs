@@ -28,6 +28,9 @@ impl Shape {
     /// That of `args` (a JSON array) and `kwargs` (a JSON object). Errors: 22023.
     pub fn of(args: &Jsonb, kwargs: &Jsonb) -> Outcome<Shape> {
         let positional = args.array_len().ok_or_else(|| not_arguments("args", args.text()))?;
+        if args.size() >= DEEP {
+            json::elements(&args.text())?;
+        }
         let names = match kwargs.object_len().ok_or_else(|| not_arguments("kwargs", kwargs.text()))? {
             0 => Vec::new(),
             _ => {
@@ -40,6 +43,9 @@ impl Shape {
         Ok(Shape { positional, names })
     }
 }
+
+/// Arguments of fewer bytes are not nested deeper than `json::DEPTH_MAX`: each level takes at least eight.
+const DEEP: usize = json::DEPTH_MAX * 8;
 
 fn not_arguments(argument: &'static str, value: String) -> Error {
     let kind = if argument == "args" { "array" } else { "object" };

@@ -36,6 +36,11 @@ impl Jsonb {
         datum.and_then(|datum| unsafe { Jsonb::from_datum(datum, false) }).unwrap_or_else(|| Jsonb(Box::default()))
     }
 
+    /// In bytes.
+    pub fn size(&self) -> usize {
+        size_of_val(&*self.0)
+    }
+
     /// As JSON text in UTF-8.
     pub fn text(&self) -> String {
         // SAFETY: what stands here is a jsonb.

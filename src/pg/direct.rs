@@ -1,18 +1,27 @@
 //! The short way into a table: rows are put in as logical replication's apply worker does it
 //! (ExecSimpleRelationInsert), without parsing, planning or triggers. Only where that comes to the same as INSERT: no rules,
-//! row security or checks, no index that calls functions of a user's, and no trigger that the caller has not allowed for;
-//! so no code but PostgreSQL's own runs, and no change of user is needed.
+//! row security or checks, no trigger that the caller has not allowed for, and no index with a predicate or an expression
+//! but those that a superuser has made (a user's domain, too, calls functions); so no code but PostgreSQL's own runs, and no
+//! change of user is needed.
 
 use super::ffi;
 use super::report::Outcome;
 use pgrx::prelude::*;
 use std::cell::RefCell;
-use std::collections::BTreeSet;
-use std::ffi::{CStr, c_void};
+use std::collections::BTreeMap;
+use std::ffi::CStr;
 
 thread_local! {
-    /// Indexes known to call no function of a user's. What an index is made of does not change.
-    static KNOWN: RefCell<BTreeSet<u32>> = const { RefCell::new(BTreeSet::new()) };
+    /// What indexes are made of, by their OIDs.
+    static KNOWN: RefCell<BTreeMap<u32, Compiled>> = const { RefCell::new(BTreeMap::new()) };
+}
+
+/// An index's predicate and expressions, ready to be evaluated. Kept for the life of the process: to compile them for each row
+/// costs more than the rest of its way into the indexes.
+#[derive(Clone, Copy)]
+struct Compiled {
+    predicate: *mut pg_sys::ExprState,
+    expressions: *mut pg_sys::List,
 }
 
 /// An open table.
@@ -97,10 +106,20 @@ pub struct Rows {
     slot: *mut pg_sys::TupleTableSlot,
 }
 
+/// Whose indexes a table has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Indexes {
+    /// Those of some user.
+    Anybodys,
+    /// A superuser's alone, with whatever predicates and expressions.
+    Superusers,
+}
+
 /// Opens a table for `work`, if what `fits` finds in it is right; None where the long way must be gone. The rows are there
 /// for the next command.
 pub fn with<F, T>(
     relid: pg_sys::Oid,
+    indexes: Indexes,
     fits: impl FnOnce(&Table) -> Option<F>,
     work: impl FnOnce(&mut Rows, F) -> Outcome<T>,
 ) -> Outcome<Option<T>> {
@@ -110,7 +129,7 @@ pub fn with<F, T>(
         pg_sys::PreventCommandIfParallelMode(c"INSERT".as_ptr());
         let table = Table(pg_sys::table_open(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE));
         let done = match fits(&table).filter(|_| table.is_plain()) {
-            Some(found) => with_indexes(table.0, |rows| work(rows, found)),
+            Some(found) => with_indexes(table.0, indexes, |rows| work(rows, found)),
             None => Ok(None),
         };
         pg_sys::table_close(table.0, pg_sys::NoLock as pg_sys::LOCKMODE);
@@ -121,6 +140,7 @@ pub fn with<F, T>(
 /// SAFETY: an open relation.
 unsafe fn with_indexes<T>(
     relation: pg_sys::Relation,
+    indexes: Indexes,
     work: impl FnOnce(&mut Rows) -> Outcome<T>,
 ) -> Outcome<Option<T>> {
     // SAFETY: as in `with`. The result relation and the slot live as long as the executor's state.
@@ -129,10 +149,11 @@ unsafe fn with_indexes<T>(
         let context = pg_sys::MemoryContextSwitchTo((*state).es_query_cxt);
         let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
         (*result).type_ = pg_sys::NodeTag::T_ResultRelInfo;
-        pg_sys::InitResultRelInfo(result, relation, 1, std::ptr::null_mut(), 0);
+        // 0: no statement's range table has it.
+        pg_sys::InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
         (*result).ri_TrigDesc = std::ptr::null_mut();
         pg_sys::ExecOpenIndices(result, false);
-        let done = if calls_others(result) {
+        let done = if !prepare(result, indexes) {
             None
         } else {
             let slot = pg_sys::table_slot_create(relation, std::ptr::null_mut());
@@ -148,48 +169,56 @@ unsafe fn with_indexes<T>(
     }
 }
 
-/// Whether an index would call functions of a user's, or is checked later by a trigger.
+/// Makes the indexes ready. False for one that is checked later, by a trigger, or that calls somebody's functions.
 ///
 /// SAFETY: indexes are open.
-unsafe fn calls_others(result: *const pg_sys::ResultRelInfo) -> bool {
+unsafe fn prepare(result: *const pg_sys::ResultRelInfo, indexes: Indexes) -> bool {
     // SAFETY: the caller's: as many descriptors as there are indexes.
     unsafe {
         let count = usize::try_from((*result).ri_NumIndices).unwrap_or(0);
         if count == 0 {
-            return false;
+            return true;
         }
         let infos = std::slice::from_raw_parts((*result).ri_IndexRelationInfo, count);
-        let indexes = std::slice::from_raw_parts((*result).ri_IndexRelationDescs, count);
-        infos.iter().zip(indexes).any(|(info, index)| {
-            let oid = u32::from((**index).rd_id);
-            if KNOWN.with_borrow(|known| known.contains(&oid)) {
+        let relations = std::slice::from_raw_parts((*result).ri_IndexRelationDescs, count);
+        infos.iter().zip(relations).all(|(info, relation)| {
+            let is_simple = (**info).ii_Expressions.is_null() && (**info).ii_Predicate.is_null();
+            if !(*(**relation).rd_index).indimmediate || !is_simple && indexes == Indexes::Anybodys {
                 return false;
             }
-            let others = !(*(**index).rd_index).indimmediate
-                || is_foreign((**info).ii_Expressions.cast(), std::ptr::null_mut())
-                || is_foreign((**info).ii_Predicate.cast(), std::ptr::null_mut());
-            if !others {
-                KNOWN.with_borrow_mut(|known| known.insert(oid));
+            if !is_simple {
+                let oid = u32::from((**relation).rd_id);
+                let known = KNOWN.with_borrow(|known| known.get(&oid).copied());
+                let compiled = known.unwrap_or_else(|| compile(*info));
+                KNOWN.with_borrow_mut(|known| known.insert(oid, compiled));
+                (**info).ii_PredicateState = compiled.predicate;
+                (**info).ii_ExpressionsState = compiled.expressions;
             }
-            others
+            true
         })
     }
 }
 
-/// Whether an expression calls a function of a user's.
+/// Compiles what an index is made of, as execIndexing.c does it at each first row of a statement.
 ///
-/// SAFETY: an expression, a list of such, or NULL.
-unsafe extern "C-unwind" fn is_foreign(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
-    // SAFETY: the caller's.
+/// SAFETY: a valid description of an index.
+unsafe fn compile(info: *mut pg_sys::IndexInfo) -> Compiled {
+    // SAFETY: copies of the expressions, in memory that lives as long as the process.
     unsafe {
-        !node.is_null()
-            && (pg_sys::check_functions_in_node(node, Some(is_of_a_user), std::ptr::null_mut())
-                || ffi::expression_tree_walker(node, Some(is_foreign), context))
+        let context = pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
+        let copy = |list: *mut pg_sys::List| pg_sys::copyObjectImpl(list.cast()).cast::<pg_sys::List>();
+        let predicate = match (*info).ii_Predicate {
+            none if none.is_null() => std::ptr::null_mut(),
+            list => pg_sys::ExecInitQual(copy(list), std::ptr::null_mut()),
+        };
+        let mut expressions = std::ptr::null_mut();
+        for cell in ffi::cells(copy((*info).ii_Expressions)) {
+            let state = pg_sys::ExecInitExpr(cell.ptr_value.cast(), std::ptr::null_mut());
+            expressions = pg_sys::lappend(expressions, state.cast());
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        Compiled { predicate, expressions }
     }
-}
-
-unsafe extern "C-unwind" fn is_of_a_user(function: pg_sys::Oid, _context: *mut c_void) -> bool {
-    u32::from(function) >= pg_sys::FirstNormalObjectId
 }
 
 impl Rows {

@@ -154,10 +154,12 @@ impl Dispatcher {
     /// Wakes idle runners of the role at this place, and starts more while jobs are left and places are free.
     fn serve_role(&mut self, roles: &[Wanting], place: usize) {
         let Some(&Wanting { role, count, .. }) = roles.get(place) else { return };
+        // Nobody may have said so: it was restored, prepared, or was not due.
+        self.shared.database(self.database).into_iter().for_each(|slot| slot.add_news());
         let mut left = count;
         for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
             // One that is not waiting has been woken for another job, or is at work.
-            let idle = slot.state() == RunnerState::Running && slot.is_waiting.swap(false, Ordering::AcqRel);
+            let idle = slot.state() == RunnerState::Running && slot.is_waiting.swap(false, Ordering::SeqCst);
             if idle || slot.state() == RunnerState::Reserved {
                 slot.process.wake();
                 left -= 1;
@@ -281,7 +283,10 @@ impl Dispatcher {
             Err(failure) => return pgrx::warning!("imbus could not look for abandoned jobs: {failure}"),
         };
         let alive: Vec<String> = self.mine().filter_map(|(_, slot)| slot.job()).map(|(_, token)| token).collect();
+        let mut call = None;
         for orphan in orphans.iter().filter(|orphan| !alive.contains(&orphan.claimed.token)) {
+            // Of those that shared a call of Odoo's, the first was at work.
+            let has_waited = call.replace(&orphan.claimed.token) == Some(&orphan.claimed.token) && orphan.is_odoo;
             if orphan.is_odoo && self.odoo.has(&orphan.claimed) {
                 if orphan.is_overdue {
                     self.odoo.time_out(&orphan.claimed);
@@ -292,7 +297,7 @@ impl Dispatcher {
             if !is_outside || orphan.is_overdue {
                 // A runner that ends is settled at once; others are left by accident. A server that went down with a job may
                 // have done so because of it.
-                give_back(&orphan.claimed, orphan.is_old || orphan.session.is_some());
+                give_back(&orphan.claimed, !has_waited && (orphan.is_old || orphan.session.is_some()));
             }
         }
     }

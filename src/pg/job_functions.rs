@@ -439,6 +439,13 @@ fn claimed(id: Option<i64>, token: Option<Text>) -> Outcome<Claimed> {
     Ok(Claimed { id: given(id, "id")?, token: given(token, "token")?.0 })
 }
 
+/// `ir_async_begin(id, token)`: says that the runner begins a claimed job, of several that it was given at once; holds while
+/// the transaction lasts. False when the job is not the runner's any more. Errors: 22004.
+#[pg_extern]
+fn ir_async_begin(id: Option<i64>, token: Option<Text>) -> Outcome<bool> {
+    jobs::begin(&claimed(id, token)?)
+}
+
 /// `ir_async_finish(id, token, result jsonb)`: ends a claimed job: `succeeded` with a result, `done` without one (NULL or
 /// null). Errors: 55000 when the job is not the runner's any more, 22004.
 #[pg_extern]

@@ -9,13 +9,13 @@ mod outside;
 mod overview;
 
 pub use claims::{
-    Locked, Mark, Room, Work, company, count_due, is_told_of, lanes, left, lock, lock_first, lock_limits, processing,
+    Locked, Mark, Room, Work, company, count_due, lanes, left, lock, lock_first, lock_limits, lock_offered, processing,
     release, take,
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{Failed, cancelled, fail, give_back_others, given_up, runner_died, succeed, succeed_all};
 pub use enqueue::{Model, New, enqueue, enqueue_all};
-pub use outside::{claim_outside, fail_outside, finish_outside, progress};
+pub use outside::{begin, claim_outside, fail_outside, finish_outside, progress};
 pub use overview::{prune, summary};
 
 use super::bus;

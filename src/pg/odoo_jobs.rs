@@ -31,8 +31,10 @@ struct Batch {
     /// In the order in which Odoo runs them.
     ids: Vec<i64>,
     began: Instant,
-    /// All but the one at work have been given back.
+    /// No job waits in it for another any more: there is but one, or the others have been given back.
     is_single: bool,
+    /// How many were given back.
+    given_back: usize,
 }
 
 impl Batch {
@@ -154,7 +156,10 @@ impl OdooJobs {
             Ok(left) => left,
             Err(failure) => return pgrx::warning!("imbus could not look what Odoo has done: {failure}"),
         };
-        self.pace.record(batch.ids.len() - left.len(), batch.began.elapsed());
+        let done = batch.ids.len().saturating_sub(left.len() + batch.given_back);
+        if done > 0 {
+            self.pace.record(done, batch.began.elapsed());
+        }
         if let Some(first) = left.first() {
             let is_begun = match outcome {
                 Called::Refused(_) | Called::Alive => false,
@@ -173,8 +178,9 @@ impl OdooJobs {
                 [at_work, _, ..] => jobs::give_back_others(&batch.token, *at_work),
                 _ => Ok(0),
             });
+            batch.is_single = true;
             match given_back {
-                Ok(_) => batch.is_single = true,
+                Ok(count) => batch.given_back = count,
                 Err(failure) => pgrx::debug1!("imbus could not give back jobs: {failure}"),
             }
         }
@@ -261,7 +267,7 @@ fn claim(lanes: &[Lane], size: usize, places: usize) -> Outcome<Option<Batch>> {
         if !ids.is_empty() {
             let token = jobs::new_token()?;
             jobs::take(&ids, &token, Some(WORKER))?;
-            return Ok(Some(Batch { token, is_single: ids.len() == 1, ids, began: Instant::now() }));
+            return Ok(Some(Batch { token, is_single: ids.len() == 1, ids, given_back: 0, began: Instant::now() }));
         }
     }
     Ok(None)

@@ -128,15 +128,34 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
             slot.is_waiting.store(false, Ordering::Release);
             return None;
         }
-        slot.is_waiting.store(true, Ordering::Release);
-        // What was enqueued before that woke somebody else, or nobody.
+        slot.is_waiting.store(true, Ordering::SeqCst);
+        // What was enqueued before that woke somebody else, or nobody; or was offered by somebody who was slow to say it.
         if let Some(batch) = claims.next() {
-            slot.is_waiting.store(false, Ordering::Release);
+            wait_no_more(slot, database, false);
+            return Some(batch);
+        }
+        if let Some(batch) = claims.offered() {
+            wait_no_more(slot, database, true);
             return Some(batch);
         }
         worker::report_activity(None);
-        worker::idle(&Waiting { socket: None, writable: false, timeout: left });
+        worker::idle(&Waiting { socket: None, writable: false, timeout: left.min(claims.patience()) });
         worker::reload();
+        if let Some(batch) = claims.offered() {
+            wait_no_more(slot, database, true);
+            return Some(batch);
+        }
+    }
+}
+
+/// Has the database's worker look, should the runner have been woken for another job than the one it has: `is_offered` where
+/// it has the one that it was offered.
+fn wait_no_more(slot: &RunnerSlot, database: u32, is_offered: bool) {
+    let was_woken = !slot.is_waiting.swap(false, Ordering::SeqCst);
+    let has_another = slot.offer.swap(0, Ordering::SeqCst) != 0 || was_woken && !is_offered;
+    if let Some(shared) = shared::get().filter(|_| has_another) {
+        shared.database(database).into_iter().for_each(|slot| slot.add_news());
+        shared.wake_jobs(database);
     }
 }
 
@@ -271,17 +290,10 @@ fn work(claimed: &Claimed) {
 }
 
 fn record(claimed: &Claimed, ended: &Ended) {
-    let recorded = transaction::run(|| {
-        // The work was undone before: should the server crash before the record is on disk, the job is run once more. But
-        // what somebody has heard of must not be forgotten.
-        if !jobs::is_told_of(claimed)? {
-            transaction::set_local(c"synchronous_commit", c"off");
-        }
-        match ended {
-            Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
-            Ended::Cancelled => jobs::cancelled(claimed),
-            Ended::Interrupted => jobs::runner_died(claimed, false),
-        }
+    let recorded = transaction::run(|| match ended {
+        Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
+        Ended::Cancelled => jobs::cancelled(claimed),
+        Ended::Interrupted => jobs::runner_died(claimed, false),
     });
     if let Err(failure) = recorded {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);

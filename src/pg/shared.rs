@@ -96,6 +96,8 @@ pub struct DatabaseSlot {
     pub orphans: AtomicBool,
     /// One more than the runners there may be in the cluster, as the worker knew when it last looked at the jobs; 0 before.
     places: AtomicU32,
+    /// Counts what runners may find when they look, but for jobs that one of them was offered.
+    news: AtomicU64,
     /// Jobs of this database that Odoo works on, and whether others wait for it.
     odoo_jobs: AtomicU32,
     odoo_wanted: AtomicBool,
@@ -115,6 +117,16 @@ impl DatabaseSlot {
     /// OID of the database, 0 when the slot is free.
     pub fn oid(&self) -> u32 {
         self.oid.load(Ordering::Acquire)
+    }
+
+    /// There may be jobs that no runner was offered. Said before it is looked who waits.
+    pub fn add_news(&self) {
+        self.news.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How often that was said.
+    pub fn news(&self) -> u64 {
+        self.news.load(Ordering::SeqCst)
     }
 
     /// The worker is about to look at the jobs, and goes by this many runners.
@@ -307,15 +319,17 @@ impl Shared {
         }
     }
 
-    /// Wakes a runner of a role that waits for a job; false when there is none that is not woken already. Never fails.
-    pub fn wake_idle_runner(&self, oid: u32, role: u32) -> bool {
-        let is_idle = |slot: &&RunnerSlot| {
+    /// Offers a job to a runner of its role that waits; false when there is none that is not woken already. Never fails.
+    pub fn offer(&self, oid: u32, role: u32, job: i64) -> bool {
+        let takes = |slot: &&RunnerSlot| {
             slot.database.load(Ordering::Acquire) == oid
                 && slot.role.load(Ordering::Acquire) == role
                 && slot.state() == RunnerState::Running
-                && slot.is_waiting.swap(false, Ordering::AcqRel)
+                && slot.is_waiting.swap(false, Ordering::SeqCst)
+                // It may have been offered another one in its last wait, by somebody who was slow to say which.
+                && slot.offer.compare_exchange(0, job, Ordering::SeqCst, Ordering::SeqCst).is_ok()
         };
-        let slot = self.runners.iter().find(is_idle);
+        let slot = self.runners.iter().find(takes);
         slot.into_iter().for_each(|slot| slot.process.wake());
         slot.is_some()
     }

@@ -8,8 +8,8 @@ use std::cell::Cell;
 
 thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
-    /// A job that any runner of this role can take at once; 0 for none, or for more than that.
-    static PLAIN: Cell<u32> = const { Cell::new(0) };
+    /// The role and the id of a job that any runner of the role can take at once; 0 for none.
+    static PLAIN: Cell<(u32, i64)> = const { Cell::new((0, 0)) };
     /// When the first of the jobs is to start that are to wait, in microseconds since 2000.
     static LATER: Cell<i64> = const { Cell::new(i64::MAX) };
     static ENDED: Cell<bool> = const { Cell::new(false) };
@@ -24,9 +24,9 @@ pub fn enqueued() {
 }
 
 /// The running transaction has enqueued a job that any runner of this role can take at once.
-pub fn enqueued_for(role: u32) {
+pub fn enqueued_for(role: u32, job: i64) {
     // Of several jobs the worker makes the best.
-    if PLAIN.replace(role) != 0 {
+    if PLAIN.replace((role, job)).0 != 0 {
         ENQUEUED.set(true);
     }
 }
@@ -94,7 +94,11 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             let database = u32::from(unsafe { pg_sys::MyDatabaseId });
             let published = ring::committed(database);
             let (enqueued, ended, extension) = (ENQUEUED.take(), ENDED.take(), EXTENSION.take());
-            let enqueued = enqueued | !is_taken(database, PLAIN.take()) | is_soon(LATER.replace(i64::MAX));
+            let enqueued = enqueued | is_soon(LATER.replace(i64::MAX));
+            if enqueued {
+                shared::get().and_then(|shared| shared.database(database)).into_iter().for_each(|slot| slot.add_news());
+            }
+            let enqueued = enqueued | !is_taken(database, PLAIN.take());
             if published || enqueued || ended || extension {
                 tell(database, published, enqueued || ended, extension);
             }
@@ -108,7 +112,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             ring::forget();
             ENQUEUED.set(false);
             ENDED.set(false);
-            PLAIN.set(0);
+            PLAIN.set((0, 0));
             LATER.set(i64::MAX);
             EXTENSION.set(false);
             OWNER.set(0);
@@ -117,12 +121,16 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
     }
 }
 
-/// Whether there is no plain job, or one that needs nobody else: a runner that waits for one has been woken (the worker's
-/// answer would take longer), or all runners come to it by themselves.
-fn is_taken(database: u32, role: u32) -> bool {
-    role == 0
-        || shared::get()
-            .is_none_or(|shared| shared.wake_idle_runner(database, role) || shared.is_served(database, role))
+/// Whether there is no plain job, or one that needs nobody else: a runner that waits was offered it (the worker's answer
+/// would take longer), or all runners come to it by themselves.
+fn is_taken(database: u32, (role, job): (u32, i64)) -> bool {
+    let Some(shared) = shared::get().filter(|_| role != 0) else { return true };
+    if shared.offer(database, role, job) {
+        return true;
+    }
+    // A runner that begins to wait just now sees either this, or that it is woken.
+    shared.database(database).into_iter().for_each(|slot| slot.add_news());
+    shared.offer(database, role, job) || shared.is_served(database, role)
 }
 
 /// Whether the worker would not learn of such a job in time when it looks out by itself.

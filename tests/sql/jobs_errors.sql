@@ -85,6 +85,12 @@ BEGIN READ ONLY;
 SELECT ir_async_call('regress_add', '[1]');
 ROLLBACK;
 -- What the administrator puts on the table is obeyed.
+DELETE FROM ir_async;
+ALTER TABLE ir_async ALTER user_id SET NOT NULL;
+\set VERBOSITY terse
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity');
+\set VERBOSITY default
+ALTER TABLE ir_async ALTER user_id DROP NOT NULL;
 ALTER TABLE ir_async ADD COLUMN regress_note text DEFAULT 'noted';
 CREATE FUNCTION regress_seen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RAISE NOTICE 'seen'; RETURN NEW; END $$;

@@ -46,6 +46,10 @@ SELECT ir_async_call('regress_path') AS id \gset
 RESET search_path;
 SELECT regress_wait(:id), ir_async_status(:id) -> 'payload' AS payload;
 
+-- The earliest of times.
+SELECT ir_async_call('regress_void', run_at => '-infinity') AS id \gset
+SELECT regress_wait(:id);
+
 -- A job that depends on another waits for it.
 SELECT ir_async_call('regress_void', run_at => now() + interval '200 ms') AS first \gset
 SELECT ir_async_call('regress_void', depends_on => ARRAY[:first]) AS second \gset

@@ -25,6 +25,21 @@ SELECT * FROM bus_poll('["broadcast"]');
 SELECT * FROM ir_async;
 SELECT * FROM imbus_stat_bus;
 SELECT imbus_version() IS NOT NULL AS version;
+-- Whatever code an index of the owner's brings along runs as the owner, whoever publishes.
+SET SESSION AUTHORIZATION imbus_regress_owner;
+CREATE TABLE public.bus_bus (id serial PRIMARY KEY, create_uid int, write_uid int, channel varchar, message varchar,
+                             create_date timestamp, write_date timestamp);
+CREATE DOMAIN regress_seen AS varchar;
+CREATE INDEX ON public.bus_bus ((message::regress_seen));
+CREATE FUNCTION regress_who(text) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+    RAISE NOTICE 'run as %', current_user; RETURN true; END $$;
+RESET SESSION AUTHORIZATION;
+SELECT bus_sendone('broadcast', 't', '1') > 0 AS sent;
+SET SESSION AUTHORIZATION imbus_regress_owner;
+ALTER DOMAIN regress_seen ADD CHECK (regress_who(VALUE));
+\c imbus_regress_owned
+SELECT bus_sendone('broadcast', 't', '2') > 0 AS sent;
+DROP TABLE public.bus_bus;
 SET SESSION AUTHORIZATION imbus_regress_owner;
 DROP EXTENSION imbus;
 SELECT count(*) AS left_behind FROM pg_class WHERE relname LIKE 'imbus%' OR relname LIKE 'ir_async%';

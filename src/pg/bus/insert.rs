@@ -3,7 +3,7 @@
 
 use super::Bus;
 use crate::pg::datum::Text;
-use crate::pg::direct::{self, Column, Table};
+use crate::pg::direct::{self, Column, Indexes, Table};
 use crate::pg::report::{Outcome, report};
 use crate::pg::{ring, worker};
 use pgrx::IntoDatum;
@@ -19,6 +19,7 @@ pub fn insert(bus: &Bus, channel: &str, message: &str) -> Outcome<Option<i64>> {
     }
     let id = direct::with(
         bus.relid,
+        Indexes::Anybodys,
         |table| columns(bus, table),
         |rows, columns| {
             let id = direct::next_of(bus.sequence);

@@ -35,7 +35,7 @@ const LANES: &str = "
          ORDER BY c.queue, KIND, c.role, c.priority, c.run_at LIMIT 1) n
        WHERE $1 IS NULL OR l.queue = $1)
     SELECT queue::text, odoo = 1, role, priority, run_at,
-           EXTRACT(epoch FROM LEAST(run_at, '2200-01-01') - pg_catalog.clock_timestamp())::float8
+           EXTRACT(epoch FROM GREATEST(LEAST(run_at, '2200-01-01'), '1970-01-01') - pg_catalog.clock_timestamp())::float8
       FROM lane WHERE $1 IS NULL OR queue = $1";
 
 /// All lanes in which jobs wait (of one queue, or of all), those that come first at the front.
@@ -152,6 +152,16 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
     Ok((found.into_iter().map(|(locked, _)| locked).collect(), last))
 }
 
+/// Locks the job that a runner of its role was offered, if it waits still.
+pub fn lock_offered(id: i64, role: u32) -> Outcome<Option<Locked>> {
+    let text = "SELECT c.id, c.deaths > 0 OR c.timeout IS NOT NULL FROM TABLE c
+                 WHERE c.id = $1 AND c.state = 'created' AND c.ready AND c.role = $2 AND c.res_model IS NULL
+                   AND c.run_at <= pg_catalog.clock_timestamp() FOR UPDATE OF c SKIP LOCKED";
+    let args = [id.into(), pg_sys::Oid::from(role).into()];
+    let read = |row: &sql::Row| Ok(Locked { id: row.need(1)?, is_alone: row.need(2)? });
+    Ok(along_indexes(|| on_table(text, &args, read))?.into_iter().next())
+}
+
 /// How many jobs of a lane are due, counted up to `most`.
 pub fn count_due(lane: &Lane, most: i64) -> Outcome<i64> {
     let text = "SELECT pg_catalog.count(*) FROM (SELECT FROM TABLE c
@@ -220,12 +230,6 @@ pub fn left(token: &Token) -> Outcome<Vec<i64>> {
     along_indexes(|| on_table(text, &[Text(token.clone()).into()], |row| row.need(1)))
 }
 
-/// Whether changes of a job are notified.
-pub fn is_told_of(claimed: &Claimed) -> Outcome<bool> {
-    let text = "SELECT notify IS NOT NULL FROM TABLE WHERE id = $1";
-    Ok(on_table(text, &[claimed.id.into()], |row| row.need(1))?.into_iter().next().unwrap_or(false))
-}
-
 /// Locks a claimed job for the transaction that runs it; None when the token has been given up. Waits a little for who has
 /// locked it: others who look for jobs lock for a moment also what has just been claimed. Errors: 55P03.
 pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
@@ -268,14 +272,15 @@ pub struct Processing {
     pub is_overdue: bool,
 }
 
-/// The jobs that are `processing` here. `began`: when this worker did, in microseconds since 2000.
+/// The jobs that are `processing` here, those of one token one after another, in the order in which they are run. `began`: when this worker did, in microseconds since 2000.
 pub fn processing(began: i64) -> Outcome<Vec<Processing>> {
     let began = TimestampWithTimeZone::try_from(began).map_err(internal)?;
     let text = "SELECT j.id, j.token::text, j.session,
                        j.timeout IS NOT NULL AND GREATEST(j.claimed_at, p.at) + LEAST(j.timeout, '1 year')
                                                  < pg_catalog.clock_timestamp(),
                        j.res_model IS NOT NULL, j.claimed_at < $1
-                  FROM TABLE j LEFT JOIN PROGRESS p ON p.job_id = j.id WHERE j.state = 'processing'";
+                  FROM TABLE j LEFT JOIN PROGRESS p ON p.job_id = j.id WHERE j.state = 'processing'
+                 ORDER BY j.token, j.run_at, j.id";
     on_table(text, &[began.into()], |row| {
         Ok(Processing {
             claimed: Claimed { id: row.need(1)?, token: row.text(2)? },

@@ -44,13 +44,14 @@ pub fn succeed_all(token: &Token, results: &[(i64, Option<String>)]) -> Outcome<
 }
 
 /// Gives back what was claimed under a token, but for one job: none of these was begun, or what was done of them is undone.
+/// Whatever Odoo has begun it has locked (`begin`), and keeps.
 pub fn give_back_others(token: &Token, but: i64) -> Outcome<usize> {
     let text = "UPDATE TABLE j SET state = 'created', attempts = attempts - 1, token = NULL, session = NULL,
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
                                 FOR UPDATE SKIP LOCKED)";
     let given_back = along_indexes(|| change_and_tell(text, &[Text(token.clone()).into(), but.into()]))?;
-    wake::ended();
+    wake::enqueued();
     Ok(given_back)
 }
 
@@ -84,7 +85,7 @@ impl From<&Failure> for Failed {
 
 /// Records a failed attempt: the job waits for the next one, or has failed. False when it was not the runner's any more.
 pub fn fail(claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
-    let text = "SELECT attempts, max_attempts FROM TABLE WHERE id = $1 AND token = $2 FOR UPDATE";
+    let text = "SELECT attempts, max_attempts FROM TABLE WHERE id = $1 AND token = $2 FOR NO KEY UPDATE";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
     let attempts = on_table(text, &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
     let Some((attempts, max_attempts)) = attempts.into_iter().next() else { return Ok(false) };
@@ -99,7 +100,7 @@ pub fn fail(claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
 pub fn runner_died(claimed: &Claimed, counts: bool) -> Outcome<()> {
     let text = "UPDATE TABLE SET deaths = deaths + $3::integer, attempts = attempts - 1
                  WHERE id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
-                               FOR UPDATE SKIP LOCKED) RETURNING deaths";
+                               FOR NO KEY UPDATE SKIP LOCKED) RETURNING deaths";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
     let [id, token] = key();
     let deaths = on_table(text, &[id, token, i32::from(counts).into()], |row| row.need::<i32>(1))?;
@@ -146,7 +147,11 @@ fn end_attempt(
         delayed.into(),
     ];
     change_and_tell(text, &args)?;
-    wake::ended();
+    if state.is_unfinished() {
+        wake::enqueued()
+    } else {
+        wake::ended()
+    }
     Ok(())
 }
 

@@ -4,8 +4,9 @@ use super::{NOTIFICATION, Table, change, on_table, table};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::pg::datum::{Jsonb, JsonbText, Str, Text};
+use crate::pg::direct::{self, Indexes};
 use crate::pg::report::{Outcome, internal, report};
-use crate::pg::{bus, direct, guc, wake, worker};
+use crate::pg::{bus, guc, wake, worker};
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
@@ -50,8 +51,8 @@ pub struct New {
 impl New {
     /// Any runner of the role can take it at once.
     fn is_plain(&self) -> bool {
-        let is_free = self.model.name.is_none() && self.depends_on.is_none();
-        is_free && guc::queues().of(&self.queue).is_none()
+        // Where jobs are counted, who counts keeps others from claiming.
+        self.model.name.is_none() && self.depends_on.is_none() && guc::queues().is_empty()
     }
 
     fn is_ready(&self) -> bool {
@@ -151,7 +152,7 @@ pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
 fn tell_of(new: &New, id: i64) -> Outcome<()> {
     match new.run_at {
         Some(start) => wake::enqueued_for_later(start.into_inner()),
-        None if new.is_plain() => wake::enqueued_for(u32::from(new.role)),
+        None if new.is_plain() => wake::enqueued_for(u32::from(new.role), id),
         None => wake::enqueued(),
     }
     if let Some(channel) = &new.notify {
@@ -167,6 +168,7 @@ fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> O
     let retry_delay = Interval::new(0, 0, RETRY_DELAY).map_err(internal)?;
     let no_errors = Jsonb::parse("[]");
     let rows = jobs.iter().map(|new| {
+        worker::check_interrupts();
         let notify = match &new.notify {
             Some(channel) => Some(channel.stored(&bus::table()?.database)),
             None => None,
@@ -179,7 +181,8 @@ fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> O
 
 /// Puts jobs in the short way (`direct`): their ids; None where the long way must be gone.
 fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
-    direct::with(table.relid, columns, |rows, columns| {
+    // The extension's own table, which a superuser has made and nobody else alters.
+    direct::with(table.relid, Indexes::Superusers, columns, |rows, columns| {
         with_rows(table, jobs, |row| {
             rows.put(|column| columns.get(column).copied().flatten().and_then(|make| make(row)));
             Ok(row.id)

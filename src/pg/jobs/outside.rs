@@ -82,6 +82,15 @@ fn assign(id: i64, worker: Option<&str>, session: i64) -> Outcome<Assignment> {
     on_table(text, &[id.into()], read)?.into_iter().next().ok_or_else(|| given_up(id))
 }
 
+/// Says that the runner begins a claimed job: while its transaction lasts, the job is not given back as one that only waits
+/// for another in the same call. False for a runner that has lost it.
+pub fn begin(claimed: &Claimed) -> Outcome<bool> {
+    // Weak enough for cancelling, for timing out and for an end of the runner.
+    let text = "SELECT FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing' FOR KEY SHARE";
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    Ok(!on_table(text, &args, |_| Ok(()))?.is_empty())
+}
+
 /// Ends a claimed job with a result (NULL and null are none). Errors: 55000 for a runner that has lost it.
 pub fn finish_outside(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
     check_role(claimed)?;

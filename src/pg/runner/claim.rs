@@ -2,10 +2,11 @@
 
 use crate::core::job::Lane;
 use crate::core::pace::Pace;
+use crate::pg::guc;
 use crate::pg::jobs::{self, Locked, Mark, Room, Token, Work};
 use crate::pg::report::Outcome;
 use crate::pg::session;
-use crate::pg::shared::RunnerSlot;
+use crate::pg::shared::{self, DatabaseSlot, RunnerSlot};
 use crate::pg::transaction;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ pub const BUDGET: Duration = Duration::from_millis(10);
 
 /// Jobs claimed at once, at most.
 const MOST: usize = 256;
+
+/// How soon a runner looks again that others kept from looking: they counted jobs.
+const KEPT_OFF: Duration = Duration::from_millis(100);
 
 /// What a look at all lanes leaves to work, in times of what it took.
 const SPARING: u32 = 20;
@@ -37,6 +41,10 @@ pub struct Claims {
     /// Where the last claim ended. It goes on there without a look at the other lanes while that would cost too much.
     ended: Option<(Lane, Mark)>,
     next_look: Instant,
+    /// The database's count of news before the last look, which found nothing.
+    quiet: Option<u64>,
+    /// The last claim has looked at all lanes.
+    has_looked: bool,
     began: Instant,
 }
 
@@ -49,6 +57,8 @@ impl Claims {
             pace: Pace::new(BUDGET, MOST),
             ended: None,
             next_look: Instant::now(),
+            quiet: None,
+            has_looked: false,
             began: Instant::now(),
         }
     }
@@ -59,9 +69,50 @@ impl Claims {
         if self.slot.leave.load(Ordering::Acquire) != 0 && is_over() {
             return None;
         }
-        match transaction::run(|| self.claim()) {
+        let news = self.news();
+        if news.is_some() && news == self.quiet {
+            return None;
+        }
+        self.quiet = None;
+        let batch = self.run(Claims::claim);
+        // Not where others kept it from looking.
+        if batch.is_none() && self.has_looked {
+            self.quiet = news;
+        }
+        batch
+    }
+
+    /// Claims the job that the runner was woken for. None when it was not woken for one, or when somebody else has it.
+    pub fn offered(&mut self) -> Option<Batch> {
+        let id = Some(self.slot.offer.swap(0, Ordering::SeqCst)).filter(|id| *id != 0)?;
+        // Where jobs are counted, a look counts.
+        if !guc::queues().is_empty() {
+            self.quiet = None;
+            return None;
+        }
+        self.run(|claims| {
+            let locked = jobs::lock_offered(id, claims.role)?;
+            claims.take(&locked.into_iter().map(|locked| locked.id).collect::<Vec<_>>())
+        })
+    }
+
+    /// How long to wait before the next look: not long when others kept it from looking.
+    pub fn patience(&self) -> Duration {
+        if self.has_looked || self.quiet.is_some() { Duration::MAX } else { KEPT_OFF }
+    }
+
+    /// How much news there has been of jobs in this database.
+    fn news(&self) -> Option<u64> {
+        let database = self.slot.database.load(Ordering::Acquire);
+        shared::get().and_then(|shared| shared.database(database)).map(DatabaseSlot::news)
+    }
+
+    fn run(&mut self, claim: impl FnOnce(&mut Claims) -> Outcome<Option<Batch>>) -> Option<Batch> {
+        match transaction::run(|| claim(self)) {
             Ok(batch) => batch,
             Err(failure) => {
+                self.quiet = None;
+                self.has_looked = false;
                 self.slot.clear_job();
                 pgrx::warning!("imbus could not claim a job: {failure}");
                 None
@@ -70,6 +121,7 @@ impl Claims {
     }
 
     fn claim(&mut self) -> Outcome<Option<Batch>> {
+        self.has_looked = false;
         if !jobs::lock_limits()? {
             return Ok(None);
         }
@@ -77,12 +129,16 @@ impl Claims {
             locked if !locked.is_empty() => locked,
             _ => self.look()?,
         };
-        let ids = jobs::company(&locked);
+        self.take(&jobs::company(&locked))
+    }
+
+    /// Claims jobs that this transaction has locked.
+    fn take(&mut self, ids: &[i64]) -> Outcome<Option<Batch>> {
         let Some(first) = ids.first() else { return Ok(None) };
         let token = jobs::new_token()?;
         // Before the commit, so that no job that a runner has is taken for an orphan.
         self.slot.set_job(*first, &token);
-        let works = jobs::take(&ids, &token, None)?;
+        let works = jobs::take(ids, &token, None)?;
         Ok(Some(Batch { token, works }))
     }
 
@@ -101,6 +157,7 @@ impl Claims {
     fn look(&mut self) -> Outcome<Vec<Locked>> {
         let began = Instant::now();
         self.ended = None;
+        self.has_looked = true;
         let room = Room::now()?;
         let lanes = jobs::lanes(None)?;
         for lane in lanes.into_iter().filter(|lane| lane.is_due() && !lane.is_odoo && lane.role == self.role) {

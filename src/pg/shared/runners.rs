@@ -37,6 +37,8 @@ pub struct RunnerSlot {
     pub since: AtomicI64,
     /// It waits for a job, and nobody has woken it.
     pub is_waiting: AtomicBool,
+    /// The job for which it was woken, 0 for none.
+    pub offer: AtomicI64,
     /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
     pub leave: AtomicU32,
     /// These jobs come before its own: it does not finish its term.
@@ -57,6 +59,7 @@ impl Default for RunnerSlot {
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
             is_waiting: AtomicBool::new(false),
+            offer: AtomicI64::new(0),
             leave: AtomicU32::new(0),
             leave_at_once: AtomicBool::new(false),
             process: Process::default(),
@@ -178,6 +181,7 @@ impl RunnerSlot {
             self.since.store(worker::now(), Ordering::Relaxed);
             self.held.store(false, Ordering::Release);
             self.is_waiting.store(false, Ordering::Release);
+            self.offer.store(0, Ordering::Release);
             self.leave.store(0, Ordering::Release);
         }
         taken
