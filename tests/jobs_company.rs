@@ -235,3 +235,30 @@ fn results_and_states_are_told_of_each_job_in_company() {
         assert_eq!(states, ["created", "processing", result.as_str()]);
     }
 }
+
+#[test]
+fn a_job_cancelled_in_company_has_no_effect_and_the_others_have_theirs() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_cancel");
+    sql.batch_execute(
+        "CREATE TABLE effect (n int);
+         CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN INSERT INTO effect VALUES (n); PERFORM pg_sleep(0.0005); END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 3000) n");
+    let mut other = cluster.connect("jc_cancel");
+    // Whatever is claimed just then: at work, waiting in company, or just done.
+    while number(&mut other, "SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing')") > 0 {
+        let claimed = "SELECT id FROM ir_async WHERE state = 'processing' ORDER BY random() LIMIT 2";
+        for row in other.query(claimed, &[]).unwrap() {
+            other.query_one("SELECT ir_async_cancel($1)", &[&row.get::<_, i64>(0)]).unwrap();
+        }
+    }
+    let ends = "SELECT count(*) FROM ir_async j WHERE
+                   (SELECT count(*) FROM effect e WHERE to_jsonb(e.n) = j.args -> 0)
+                   = CASE j.state WHEN 'done' THEN 1 WHEN 'cancelled' THEN 0 ELSE -1 END";
+    assert_eq!(number(&mut sql, ends), 3000);
+    assert!(count(&mut sql, "cancelled") > 10, "{}", count(&mut sql, "cancelled"));
+    assert!(in_company(&mut sql) > 1000);
+}

@@ -109,11 +109,11 @@ class Imbus(Contender):
         for first in range(0, jobs, CHUNK):
             numbers = range(first + 1, min(first + CHUNK, jobs) + 1)
             args = (lambda n: [n, text]) if text else (lambda n: [n] if task in ("fail", "note") else [])
-            self.link.execute("SELECT count(*) FROM ir_async_call_many(%s)",
-                              [json.dumps([{"target": task, "args": args(n)} for n in numbers])])
+            least = self.one("SELECT min(id) FROM ir_async_call_many(%s) id",
+                             json.dumps([{"target": task, "args": args(n)} for n in numbers]))
+            self.last = least if first == 0 else self.last
 
     def start(self, jobs, task):
-        self.last = self.one("SELECT min(id) FROM ir_async WHERE state = 'created'") if jobs else None
         self.server.setting("imbus.job_workers", self.workers)
 
     def wait(self, jobs, task):
@@ -122,7 +122,8 @@ class Imbus(Contender):
         self.kick = self.one("SELECT ir_async_call('noop', priority => 0)")
         self.until("SELECT finished_at IS NOT NULL FROM ir_async WHERE id = %s", self.last + jobs - 1)
         if jobs >= self.one("SELECT last_value - %s FROM ir_async_id_seq", self.last):
-            self.until("SELECT NOT EXISTS (SELECT FROM ir_async WHERE state = 'created')"
+            # Along the indexes: the look itself must not take long in a table that grows.
+            self.until("SELECT NOT EXISTS (SELECT FROM ir_async WHERE state = 'created' AND ready)"
                        " AND NOT EXISTS (SELECT FROM ir_async WHERE state = 'processing')")
             self.link.execute("SET session_replication_role = replica")
             self.link.execute("DELETE FROM ir_async WHERE id = %s", [self.kick])

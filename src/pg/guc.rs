@@ -124,7 +124,15 @@ fn define_integers(preloaded: bool) {
             Sighup,
             none,
         ),
-        (c"imbus.odoo_jobs", c"Jobs that Odoo works on at the same time.", &ODOO_JOBS, 0, 64, Sighup, none),
+        (
+            c"imbus.odoo_jobs",
+            c"Requests with jobs that Odoo works on at the same time.",
+            &ODOO_JOBS,
+            0,
+            64,
+            Sighup,
+            none,
+        ),
         (c"imbus.job_retention", c"Age at which finished jobs are deleted.", &JOB_RETENTION, 60, 3650 * day, Sighup, s),
     ];
     let fixed = fixed.into_iter().filter(|_| preloaded);
@@ -312,7 +320,7 @@ pub fn job_workers() -> usize {
     positive(&JOB_WORKERS) as usize
 }
 
-/// How many jobs Odoo may work on at once in the cluster (`imbus.odoo_jobs`).
+/// How many requests with jobs Odoo may work on at once in the cluster (`imbus.odoo_jobs`).
 pub fn odoo_jobs() -> u32 {
     positive(&ODOO_JOBS) as u32
 }

@@ -45,6 +45,8 @@ pub struct Claims {
     quiet: Option<u64>,
     /// The last claim has looked at all lanes.
     has_looked: bool,
+    /// Others kept it from looking.
+    is_kept_off: bool,
     began: Instant,
 }
 
@@ -59,6 +61,7 @@ impl Claims {
             next_look: Instant::now(),
             quiet: None,
             has_looked: false,
+            is_kept_off: false,
             began: Instant::now(),
         }
     }
@@ -75,7 +78,7 @@ impl Claims {
         }
         self.quiet = None;
         let batch = self.run(Claims::claim);
-        // Not where others kept it from looking.
+        // Nothing is known of what it could not look at.
         if batch.is_none() && self.has_looked {
             self.quiet = news;
         }
@@ -98,7 +101,7 @@ impl Claims {
 
     /// How long to wait before the next look: not long when others kept it from looking.
     pub fn patience(&self) -> Duration {
-        if self.has_looked || self.quiet.is_some() { Duration::MAX } else { KEPT_OFF }
+        if self.is_kept_off { KEPT_OFF } else { Duration::MAX }
     }
 
     /// How much news there has been of jobs in this database.
@@ -112,7 +115,7 @@ impl Claims {
             Ok(batch) => batch,
             Err(failure) => {
                 self.quiet = None;
-                self.has_looked = false;
+                (self.has_looked, self.is_kept_off) = (false, false);
                 self.slot.clear_job();
                 pgrx::warning!("imbus could not claim a job: {failure}");
                 None
@@ -122,7 +125,8 @@ impl Claims {
 
     fn claim(&mut self) -> Outcome<Option<Batch>> {
         self.has_looked = false;
-        if !jobs::lock_limits()? {
+        self.is_kept_off = !jobs::lock_limits()?;
+        if self.is_kept_off {
             return Ok(None);
         }
         let locked = match self.go_on()? {
