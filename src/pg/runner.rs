@@ -34,6 +34,8 @@ thread_local! {
     static SLOT: Cell<Option<usize>> = const { Cell::new(None) };
     /// Another library's hook.
     static PREVIOUS_LOG: Cell<pg_sys::emit_log_hook_type> = const { Cell::new(None) };
+    /// Interrupts by which somebody wanted to stop a job, as far as they have hit one.
+    static INTERRUPTS: Cell<u32> = const { Cell::new(0) };
     /// Set once connected: what is logged from then on is no failure to connect.
     static CONNECTED: Cell<bool> = const { Cell::new(false) };
 }
@@ -59,6 +61,8 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
     let (database, role) = (slot.database.load(Ordering::Acquire), slot.role.load(Ordering::Acquire));
     launch::connect(database, role);
     CONNECTED.set(true);
+    session::be_unstoppable();
+    INTERRUPTS.set(slot.interrupts());
     slot.set_state(RunnerState::Running);
     let mut claims = Claims::new(slot, role);
     // The one it was launched for; what it is stands in its row.
@@ -69,6 +73,7 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
             session::reset();
             slot.clear_job();
         }
+        session::be_unstoppable();
         let batch = claims.next().or_else(|| linger(slot, database, &mut claims));
         let Some(batch) = batch else { break };
         let (began, size) = (Instant::now(), batch.works.len());
@@ -193,6 +198,7 @@ fn run(slot: &RunnerSlot, batch: Batch) {
 }
 
 fn run_alone(slot: &RunnerSlot, token: &jobs::Token, id: i64) {
+    session::be_unstoppable();
     slot.begin(id);
     work(&Claimed { id, token: token.clone() });
     session::reset();
@@ -209,6 +215,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, course: &mut Course) {
     let mut tried = Vec::new();
     let (mut failed, mut slow) = (Vec::new(), Vec::new());
     let outcome = transaction::run(|| {
+        session::be_stoppable();
         let began = Instant::now();
         let limit = Limit::set(COMPANY);
         let mut results = Vec::new();
@@ -241,6 +248,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, course: &mut Course) {
             false => Err(jobs::given_up(results.first().map_or(0, |(id, _)| *id))),
         }
     });
+    session::be_unstoppable();
     Limit::lift();
     worker::report_activity(None);
     session::after_transaction();
@@ -271,9 +279,11 @@ fn work(claimed: &Claimed) {
     }
     let (limit, begun) = (Cell::new(None), Cell::new(false));
     let outcome = transaction::run(|| attempt(claimed, &limit, &begun));
+    session::be_unstoppable();
     Limit::lift();
     worker::report_activity(None);
     let Err(failure) = outcome else { return };
+    let is_interrupted = failure.code == QUERY_CANCELED && was_interrupted();
     let ended = match slot().and_then(RunnerSlot::cancelled) {
         // Somebody has locked its row, to cancel it most likely.
         _ if !begun.get() && failure.code != QUERY_CANCELED => Ended::Interrupted,
@@ -283,6 +293,8 @@ fn work(claimed: &Claimed) {
         Some(_) => Ended::Interrupted,
         None => match limit.get() {
             Some((begun, milliseconds)) if is_over(begun, milliseconds) => Ended::Failed(timed_out(milliseconds)),
+            // It was for the job before, and came late.
+            _ if is_interrupted => Ended::Interrupted,
             _ => Ended::Failed(failure),
         },
     };
@@ -298,6 +310,7 @@ fn record(claimed: &Claimed, ended: &Ended) {
     if let Err(failure) = recorded {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);
     }
+    session::be_unstoppable();
 }
 
 /// SQLSTATE query_canceled.
@@ -308,6 +321,13 @@ enum Ended {
     Failed(Failure),
     Cancelled,
     Interrupted,
+}
+
+/// Whether somebody has interrupted the runner to stop a job since this was last asked; an administrator's pg_cancel_backend
+/// is no such interrupt.
+fn was_interrupted() -> bool {
+    let interrupts = slot().map_or(0, RunnerSlot::interrupts);
+    INTERRUPTS.replace(interrupts) != interrupts
 }
 
 fn is_over(begun: Instant, milliseconds: i64) -> bool {
@@ -326,6 +346,7 @@ fn timed_out(milliseconds: i64) -> Failure {
 fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>, begun: &Cell<bool>) -> Outcome<()> {
     let Some(work) = jobs::lock(claimed)? else { return Ok(()) };
     begun.set(true);
+    session::be_stoppable();
     let guard = work.timeout.map(|milliseconds| {
         limit.set(Some((Instant::now(), milliseconds)));
         Limit::set(milliseconds)

@@ -30,6 +30,22 @@ unsafe fn has_temporary() -> bool {
     unsafe { (*pg_sys::MyProc).tempNamespaceId != pg_sys::InvalidOid }
 }
 
+/// Lets no interrupt stop what comes next but the end of the session: it is for a job, and would hit the record of how that
+/// ended. Holds until `be_stoppable`, or an ERROR, which resets it (errfinish in elog.c).
+pub fn be_unstoppable() {
+    // SAFETY: plain settings of the session, as HOLD_CANCEL_INTERRUPTS (miscadmin.h).
+    unsafe { pg_sys::QueryCancelHoldoffCount = 1 };
+}
+
+/// Lets an interrupt stop the jobs that come next; one that was for those before is forgotten.
+pub fn be_stoppable() {
+    // SAFETY: as above.
+    unsafe {
+        pg_sys::QueryCancelPending = 0;
+        pg_sys::QueryCancelHoldoffCount = 0;
+    }
+}
+
 /// Clears what is cleared without a transaction, or within one.
 pub fn clear() {
     // SAFETY: what DISCARD ALL does (commands/discard.c), but for plans, which are the session's own and stay valid.

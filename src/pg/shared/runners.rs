@@ -31,6 +31,8 @@ pub struct RunnerSlot {
     token: [AtomicU64; 2],
     /// The job that somebody wants it to stop, 0 for none.
     cancel: AtomicI64,
+    /// How often it was interrupted for that.
+    interrupts: AtomicU32,
     /// It was told to leave because the database is held, so its job did not die.
     pub held: AtomicBool,
     /// When it was reserved, in microseconds since 2000.
@@ -56,6 +58,7 @@ impl Default for RunnerSlot {
             job: AtomicI64::new(0),
             token: [AtomicU64::new(0), AtomicU64::new(0)],
             cancel: AtomicI64::new(0),
+            interrupts: AtomicU32::new(0),
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
             is_waiting: AtomicBool::new(false),
@@ -152,9 +155,15 @@ impl RunnerSlot {
         let pid = self.process.pid();
         // One that is on its way looks before it begins.
         if pid > 0 && self.state() == RunnerState::Running {
+            self.interrupts.fetch_add(1, Ordering::SeqCst);
             // SAFETY: a signal to a process of this server, of the same operating system's user.
             unsafe { libc::kill(pid, libc::SIGINT) };
         }
+    }
+
+    /// How often somebody has interrupted it to stop a job.
+    pub fn interrupts(&self) -> u32 {
+        self.interrupts.load(Ordering::SeqCst)
     }
 
     /// The job that it was asked to stop.
