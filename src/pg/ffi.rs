@@ -56,18 +56,21 @@ pub unsafe fn guarded<T>(call: impl FnOnce() -> T) -> T {
     unsafe { pg_sys::submodules::ffi::pg_guard_ffi_boundary(call) }
 }
 
-/// A column of a tuple descriptor, counted from 0 (the macro TupleDescAttr of access/tupdesc.h, a function since 18).
+/// A column of a tuple descriptor, counted from 0 (TupleDescAttr of access/tupdesc.h; since 18 the columns lie behind the
+/// compact ones).
 ///
 /// # Safety
 /// A valid descriptor with so many columns.
 pub unsafe fn attribute(descriptor: pg_sys::TupleDesc, index: c_int) -> *const pg_sys::FormData_pg_attribute {
+    let place = |number: c_int| usize::try_from(number).unwrap_or(0);
     // SAFETY: the caller's.
     unsafe {
         #[cfg(feature = "pg18")]
-        let column = pg_sys::TupleDescAttr(descriptor, index);
+        let first: *const pg_sys::FormData_pg_attribute =
+            (*descriptor).compact_attrs.as_ptr().add(place((*descriptor).natts)).cast();
         #[cfg(not(feature = "pg18"))]
-        let column = (*descriptor).attrs.as_ptr().add(usize::try_from(index).unwrap_or(0));
-        column
+        let first: *const pg_sys::FormData_pg_attribute = (*descriptor).attrs.as_ptr();
+        first.add(place(index))
     }
 }
 
