@@ -5,12 +5,10 @@ mod common;
 use common::*;
 use postgres::Client;
 use serde_json::{Value, json};
-use std::sync::OnceLock;
 
 /// One cluster for all tests of this file.
-fn shared() -> &'static Cluster {
-    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| Cluster::start_with(&["imbus.auth = 'token, function'"]))
+fn shared() -> Shared {
+    shared_with(&["imbus.auth = 'token, function'"])
 }
 
 /// A database with a function that lets the bearer of cookie `who` into `of <who>` and what it asks for, but not nobody.

@@ -5,13 +5,11 @@ mod common;
 use common::*;
 use postgres::Client;
 use serde_json::json;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-fn shared() -> &'static Cluster {
-    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(|| Cluster::start_with(&["imbus.auth = 'token, function'"]))
+fn shared() -> Shared {
+    shared_with(&["imbus.auth = 'token, function'"])
 }
 
 fn database(name: &str, special: &str) -> Client {

@@ -294,10 +294,10 @@ fn what_odoo_has_begun_is_not_given_back() {
     odoo.connect(cluster.connect("jo_company_begun"));
     warm_up(&mut sql);
     odoo.does("wait", Does::Wait);
+    let mut other = cluster.connect("jo_company_begun");
     let jobs = enqueue_at_once(&mut sql, &["wait", "write", "write"]);
     eventually("the first is begun", || odoo.times(jobs[0]) == 1);
     let token = odoo.calls().last().unwrap().body["token"].as_str().unwrap().to_owned();
-    let mut other = cluster.connect("jo_company_begun");
     let mut work = other.transaction().unwrap();
     assert!(work.query_one("SELECT ir_async_begin($1, $2)", &[&jobs[1], &token]).unwrap().get::<_, bool>(0));
     comes_to(&mut sql, jobs[2], "created");

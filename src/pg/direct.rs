@@ -116,7 +116,7 @@ pub enum Indexes {
 }
 
 /// Opens a table for `work`, if what `fits` finds in it is right; None where the long way must be gone. The rows are there
-/// for the next command.
+/// for the next command. Errors: 25006 in a read-only transaction, 25000 in a parallel worker, and whatever `work` returns.
 pub fn with<F, T>(
     relid: pg_sys::Oid,
     indexes: Indexes,

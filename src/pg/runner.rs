@@ -208,6 +208,7 @@ fn give_back(token: &jobs::Token, but: i64) {
     if let Err(failure) = transaction::run(|| jobs::give_back_others(token, but)) {
         pgrx::warning!("imbus could not give back jobs: {failure}");
     }
+    session::be_unstoppable();
 }
 
 /// Runs jobs in one transaction, each in a savepoint, until their time is over.
@@ -344,9 +345,10 @@ fn timed_out(milliseconds: i64) -> Failure {
 }
 
 fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>, begun: &Cell<bool>) -> Outcome<()> {
+    // Before the lock: a lock_timeout is an interrupt too.
+    session::be_stoppable();
     let Some(work) = jobs::lock(claimed)? else { return Ok(()) };
     begun.set(true);
-    session::be_stoppable();
     let guard = work.timeout.map(|milliseconds| {
         limit.set(Some((Instant::now(), milliseconds)));
         Limit::set(milliseconds)

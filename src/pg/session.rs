@@ -31,7 +31,8 @@ unsafe fn has_temporary() -> bool {
 }
 
 /// Lets no interrupt stop what comes next but the end of the session: it is for a job, and would hit the record of how that
-/// ended. Holds until `be_stoppable`, or an ERROR, which resets it (errfinish in elog.c).
+/// ended. Holds until `be_stoppable`, or an ERROR, which resets it (errfinish in elog.c). Nor does lock_timeout end a wait
+/// meanwhile: it is such an interrupt.
 pub fn be_unstoppable() {
     // SAFETY: plain settings of the session, as HOLD_CANCEL_INTERRUPTS (miscadmin.h).
     unsafe { pg_sys::QueryCancelHoldoffCount = 1 };

@@ -222,6 +222,11 @@ impl Cluster {
 /// The cluster that the tests of one file share, with room for many databases; it is stopped when the process ends. For
 /// tests that change nothing the others see.
 pub fn shared() -> Shared {
+    shared_with(&[])
+}
+
+/// The same with more lines of postgresql.conf, the same ones at each call.
+pub fn shared_with(lines: &[&str]) -> Shared {
     static CLUSTER: OnceLock<Cluster> = OnceLock::new();
     extern "C" fn at_exit() {
         if let Some(cluster) = CLUSTER.get() {
@@ -229,7 +234,7 @@ pub fn shared() -> Shared {
         }
     }
     Shared(CLUSTER.get_or_init(|| {
-        let cluster = Cluster::start_with(&["max_worker_processes = 64"]);
+        let cluster = Cluster::start_with(&[&["max_worker_processes = 64"], lines].concat());
         // SAFETY: the callback cannot unwind: it looks at files and signals, and ignores what fails.
         assert_eq!(unsafe { libc::atexit(at_exit) }, 0);
         cluster

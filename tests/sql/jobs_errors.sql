@@ -97,6 +97,11 @@ CREATE FUNCTION regress_seen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 CREATE TRIGGER regress_seen BEFORE INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION regress_seen();
 SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity') AS id \gset
 DROP TRIGGER regress_seen ON ir_async;
+CREATE FUNCTION regress_none() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TRIGGER regress_none BEFORE INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION regress_none();
+SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity');
+DROP TRIGGER regress_none ON ir_async;
+DROP FUNCTION regress_none;
 SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity') AS other \gset
 SELECT id = :id AS first, regress_note FROM ir_async WHERE id IN (:id, :other) ORDER BY id;
 ALTER TABLE ir_async DROP COLUMN regress_note;

@@ -14,8 +14,8 @@ class AsyncController(http.Controller):
 
     @http.route('/imbus/async/run', type='http', auth='none', methods=['POST'], csrf=False, save_session=False)
     def run(self, **_params):
-        """Runs a job for the server, and those that follow under its token: the body is `{"db", "id", "token"}`. Answers 200 `{"state"}` when the job was
-        settled, 409 when it is not processed under that token, 404 without that database or the add-on in it, 400 for
+        """Runs a job for the server, and those that follow under its token: the body is `{"db", "id", "token"}`. Answers
+        200 `{"state"}` when the job was settled, 409 when it is not processed under that token, 404 without that database or the add-on in it, 400 for
         anything else than such a body."""
         asked = self._asked()
         if asked is None:

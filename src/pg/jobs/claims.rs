@@ -9,7 +9,7 @@ use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal};
 use crate::pg::transaction::{along_indexes, safely, with_lock_timeout};
 use crate::pg::{guc, sql, worker};
-use pgrx::datum::TimestampWithTimeZone;
+use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use std::collections::HashMap;
 
@@ -124,6 +124,17 @@ pub fn company(locked: &[Locked]) -> Vec<i64> {
     alone.unwrap_or_else(|| locked.iter().take_while(|job| !job.is_alone).map(|job| job.id).collect())
 }
 
+/// What a lane is known by: the first four arguments of the statements on one.
+fn key(lane: &Lane) -> [DatumWithOid<'static>; 4] {
+    let role = pg_sys::Oid::from(lane.role);
+    [Text(lane.queue.clone()).into(), i32::from(lane.is_odoo).into(), role.into(), lane.priority.into()]
+}
+
+/// Microseconds since 2000 as PostgreSQL has them.
+fn time(at: i64) -> Outcome<TimestampWithTimeZone> {
+    TimestampWithTimeZone::try_from(at).map_err(internal)
+}
+
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
 /// the lane begins or from where the last claim ended. With them comes where the next claim may go on.
 pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
@@ -131,18 +142,12 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
-    let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
-    let first = TimestampWithTimeZone::try_from(lane.first).map_err(internal)?;
-    let args = [
-        Text(lane.queue.clone()).into(),
-        i32::from(lane.is_odoo).into(),
-        pg_sys::Oid::from(lane.role).into(),
-        lane.priority.into(),
-        now.into(),
-        after.map_or(first, |mark| mark.run_at).into(),
-        after.map_or(i64::MIN, |mark| mark.id).into(),
-        most.into(),
-    ];
+    let (run_at, id) = match after {
+        Some(mark) => (mark.run_at, mark.id),
+        None => (time(lane.first)?, i64::MIN),
+    };
+    let [queue, kind, role, priority] = key(lane);
+    let args = [queue, kind, role, priority, time(worker::now())?.into(), run_at.into(), id.into(), most.into()];
     let read = |row: &sql::Row| {
         let (id, is_alone) = (row.need(1)?, row.need(3)?);
         Ok((Locked { id, is_alone }, row.get::<TimestampWithTimeZone>(2)?.map(|run_at| Mark { run_at, id })))
@@ -167,17 +172,8 @@ pub fn count_due(lane: &Lane, most: i64) -> Outcome<i64> {
     let text = "SELECT pg_catalog.count(*) FROM (SELECT FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at BETWEEN $5 AND $6 LIMIT $7) s";
-    let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
-    let first = TimestampWithTimeZone::try_from(lane.first).map_err(internal)?;
-    let args = [
-        Text(lane.queue.clone()).into(),
-        i32::from(lane.is_odoo).into(),
-        pg_sys::Oid::from(lane.role).into(),
-        lane.priority.into(),
-        first.into(),
-        now.into(),
-        most.into(),
-    ];
+    let [queue, kind, role, priority] = key(lane);
+    let args = [queue, kind, role, priority, time(lane.first)?.into(), time(worker::now())?.into(), most.into()];
     let counted = along_indexes(|| on_table(&text.replace("KIND", KIND), &args, |row| row.need(1)))?;
     Ok(counted.into_iter().next().unwrap_or(0))
 }
@@ -272,9 +268,10 @@ pub struct Processing {
     pub is_overdue: bool,
 }
 
-/// The jobs that are `processing` here, those of one token one after another, in the order in which they are run. `began`: when this worker did, in microseconds since 2000.
+/// The jobs that are `processing` here, those of one token one after another, in the order in which they are run. `began`:
+/// when this worker did, in microseconds since 2000.
 pub fn processing(began: i64) -> Outcome<Vec<Processing>> {
-    let began = TimestampWithTimeZone::try_from(began).map_err(internal)?;
+    let began = time(began)?;
     let text = "SELECT j.id, j.token::text, j.session,
                        j.timeout IS NOT NULL AND GREATEST(j.claimed_at, p.at) + LEAST(j.timeout, '1 year')
                                                  < pg_catalog.clock_timestamp(),

@@ -111,7 +111,9 @@ impl Claims {
     }
 
     fn run(&mut self, claim: impl FnOnce(&mut Claims) -> Outcome<Option<Batch>>) -> Option<Batch> {
-        match transaction::run(|| claim(self)) {
+        let claimed = transaction::run(|| claim(self));
+        session::be_unstoppable();
+        match claimed {
             Ok(batch) => batch,
             Err(failure) => {
                 self.quiet = None;
