@@ -52,7 +52,7 @@ CREATE TABLE @extschema@.ir_async (
     role oid NOT NULL,
     search_path text NOT NULL DEFAULT 'pg_catalog',
     notify varchar,
-    queue varchar NOT NULL DEFAULT 'default',
+    queue varchar COLLATE pg_catalog."C" NOT NULL DEFAULT 'default',
     priority integer NOT NULL DEFAULT 10,
     run_at timestamptz NOT NULL DEFAULT pg_catalog.now(),
     max_attempts integer NOT NULL DEFAULT 1,
@@ -63,7 +63,7 @@ CREATE TABLE @extschema@.ir_async (
     identity_key varchar,
     depends_on bigint[],
     ready boolean NOT NULL DEFAULT true,
-    token text,
+    token text COLLATE pg_catalog."C",
     session bigint,
     worker varchar,
     errors jsonb NOT NULL DEFAULT '[]',
@@ -72,6 +72,13 @@ CREATE TABLE @extschema@.ir_async (
     -- What holds between state, token and finished_at is checked by the trigger: nobody may update this table, and CHECKs
     -- are compiled anew by each statement, which cost a fifth of an enqueueing.
 );
+
+-- Where most jobs wait and run, by turns: what updates leave behind goes when one of them is truncated, however old the
+-- oldest transaction is (src/pg/rotation.rs). Jobs with an identity_key or dependencies, and those that have ended, are in
+-- ir_async itself.
+CREATE TABLE @extschema@.ir_async_1 (CONSTRAINT ir_async_1_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
+CREATE TABLE @extschema@.ir_async_2 (CONSTRAINT ir_async_2_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
+CREATE TABLE @extschema@.ir_async_3 (CONSTRAINT ir_async_3_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
 
 -- How far jobs are that are processed. A table of its own: a job's own row is not touched while somebody works on it.
 CREATE TABLE @extschema@.imbus_progress (
@@ -120,6 +127,9 @@ CREATE TABLE @extschema@.imbus_schedule (
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_bus', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_bus_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async_1', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async_2', '');
+SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async_3', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.ir_async_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule', '');
 SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule_id_seq', '');
@@ -130,9 +140,24 @@ SELECT pg_catalog.pg_extension_config_dump('@extschema@.imbus_schedule_id_seq', 
 CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
-CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
 CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_finished_index ON @extschema@.ir_async (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_1_claim_index ON @extschema@.ir_async_1 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
+                                                                priority, run_at, id)
+    WHERE state = 'created' AND ready;
+CREATE INDEX ir_async_1_processing_index ON @extschema@.ir_async_1 (token, id) WHERE state = 'processing';
+CREATE INDEX ir_async_1_finished_index ON @extschema@.ir_async_1 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_2_claim_index ON @extschema@.ir_async_2 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
+                                                                priority, run_at, id)
+    WHERE state = 'created' AND ready;
+CREATE INDEX ir_async_2_processing_index ON @extschema@.ir_async_2 (token, id) WHERE state = 'processing';
+CREATE INDEX ir_async_2_finished_index ON @extschema@.ir_async_2 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_3_claim_index ON @extschema@.ir_async_3 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
+                                                                priority, run_at, id)
+    WHERE state = 'created' AND ready;
+CREATE INDEX ir_async_3_processing_index ON @extschema@.ir_async_3 (token, id) WHERE state = 'processing';
+CREATE INDEX ir_async_3_finished_index ON @extschema@.ir_async_3 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
 CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX imbus_schedule_next_run_index ON @extschema@.imbus_schedule (next_run);
@@ -203,7 +228,9 @@ CREATE FUNCTION @extschema@.ir_async_claim(queue text, max_jobs integer DEFAULT 
     RETURNS TABLE (id bigint, token text, name text, target text, args jsonb, kwargs jsonb, model text, res_ids jsonb,
                    user_id integer, context jsonb, su boolean, attempt integer, timeout interval)
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_claim_wrapper';
-CREATE FUNCTION @extschema@.ir_async_begin(id bigint, token text) RETURNS boolean
+CREATE FUNCTION @extschema@.ir_async_begin(id bigint, token text)
+    RETURNS TABLE (model text, res_ids jsonb, target text, args jsonb, kwargs jsonb, user_id integer, context jsonb,
+                   su boolean, following bigint)
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_begin_wrapper';
 CREATE FUNCTION @extschema@.ir_async_finish(id bigint, token text, result jsonb DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE AS 'MODULE_PATHNAME', 'ir_async_finish_wrapper';
@@ -219,6 +246,15 @@ CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async
     FOR EACH ROW EXECUTE FUNCTION @extschema@.ir_async_inserted();
 -- Always: a job that comes by replication does not choose its role either.
 ALTER TABLE @extschema@.ir_async ENABLE ALWAYS TRIGGER ir_async_inserted;
+CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async_1
+    FOR EACH ROW EXECUTE FUNCTION @extschema@.ir_async_inserted();
+ALTER TABLE @extschema@.ir_async_1 ENABLE ALWAYS TRIGGER ir_async_inserted;
+CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async_2
+    FOR EACH ROW EXECUTE FUNCTION @extschema@.ir_async_inserted();
+ALTER TABLE @extschema@.ir_async_2 ENABLE ALWAYS TRIGGER ir_async_inserted;
+CREATE TRIGGER ir_async_inserted BEFORE INSERT ON @extschema@.ir_async_3
+    FOR EACH ROW EXECUTE FUNCTION @extschema@.ir_async_inserted();
+ALTER TABLE @extschema@.ir_async_3 ENABLE ALWAYS TRIGGER ir_async_inserted;
 
 ---------------------------------------------------------------- schedules
 
@@ -299,7 +335,9 @@ REVOKE ALL ON FUNCTION
     @extschema@.imbus_disconnect(bigint, text),
     @extschema@.imbus_bus_inserted(), @extschema@.ir_async_inserted(), @extschema@.imbus_schedule_inserted()
 FROM PUBLIC;
-REVOKE ALL ON @extschema@.imbus_schedule, @extschema@.imbus_progress FROM PUBLIC;
+REVOKE ALL ON @extschema@.ir_async_1, @extschema@.ir_async_2, @extschema@.ir_async_3, @extschema@.imbus_schedule,
+    @extschema@.imbus_progress
+FROM PUBLIC;
 REVOKE ALL ON @extschema@.imbus_bus, @extschema@.imbus_bookmark, @extschema@.ir_async, @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @extschema@.imbus_stat_connections,
     @extschema@.imbus_stat_jobs
 FROM PUBLIC;
@@ -330,7 +368,9 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
     @extschema@.imbus_stat_jobs, @extschema@.imbus_bookmark, @extschema@.imbus_progress
 TO @extowner@, pg_database_owner;
 -- INSERT only so that pg_restore works.
-GRANT SELECT, INSERT ON @extschema@.imbus_bus, @extschema@.ir_async, @extschema@.imbus_schedule TO @extowner@, pg_database_owner;
+GRANT SELECT, INSERT ON @extschema@.imbus_bus, @extschema@.ir_async, @extschema@.ir_async_1, @extschema@.ir_async_2,
+    @extschema@.ir_async_3, @extschema@.imbus_schedule
+TO @extowner@, pg_database_owner;
 GRANT SELECT, UPDATE ON SEQUENCE @extschema@.imbus_bus_id_seq, @extschema@.ir_async_id_seq,
     @extschema@.imbus_schedule_id_seq
 TO @extowner@, pg_database_owner;
@@ -347,6 +387,9 @@ GRANT SELECT ON @extschema@.imbus_stat_gateway, @extschema@.imbus_stat_bus, @ext
 COMMENT ON TABLE @extschema@.imbus_bus IS 'notifications, where there is no Odoo table bus_bus';
 COMMENT ON TABLE @extschema@.imbus_bookmark IS 'how far the database worker was; gaps are pairs of bounds; all that the snapshot sees had been handed on';
 COMMENT ON TABLE @extschema@.ir_async IS 'asynchronous jobs; changed through the ir_async_* functions only';
+COMMENT ON TABLE @extschema@.ir_async_1 IS 'jobs that wait or run; look at ir_async, which shows them too';
+COMMENT ON TABLE @extschema@.ir_async_2 IS 'jobs that wait or run; look at ir_async, which shows them too';
+COMMENT ON TABLE @extschema@.ir_async_3 IS 'jobs that wait or run; look at ir_async, which shows them too';
 COMMENT ON TABLE @extschema@.imbus_progress IS 'how far jobs are that runners outside or Odoo work on';
 COMMENT ON TABLE @extschema@.imbus_schedule IS
     'schedules of jobs; changed through ir_async_schedule and ir_async_unschedule only; without next_run one does not run, problem says why';
@@ -371,6 +414,9 @@ COMMENT ON FUNCTION @extschema@.imbus_bus_inserted() IS 'trigger: tells the work
 COMMENT ON FUNCTION @extschema@.ir_async_inserted() IS 'trigger: a job runs as the role that inserts it';
 COMMENT ON TRIGGER imbus_bus_inserted ON @extschema@.imbus_bus IS 'tells the worker at commit, in the order of commits';
 COMMENT ON TRIGGER ir_async_inserted ON @extschema@.ir_async IS 'a job runs as the role that inserts it';
+COMMENT ON TRIGGER ir_async_inserted ON @extschema@.ir_async_1 IS 'a job runs as the role that inserts it';
+COMMENT ON TRIGGER ir_async_inserted ON @extschema@.ir_async_2 IS 'a job runs as the role that inserts it';
+COMMENT ON TRIGGER ir_async_inserted ON @extschema@.ir_async_3 IS 'a job runs as the role that inserts it';
 COMMENT ON FUNCTION @extschema@.ir_async_call(text, jsonb, jsonb, text, jsonb, text, integer, timestamptz, integer, interval,
     interval, text, bigint[], text, bigint[], integer, jsonb, boolean) IS
     'enqueue a call of an SQL function in the current transaction; returns the id of the job';
@@ -388,7 +434,7 @@ COMMENT ON FUNCTION @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb
 COMMENT ON FUNCTION @extschema@.ir_async_claim(text, integer, text) IS
     'claim jobs of a queue for a runner outside: they are this session''s until it ends or their timeout has passed';
 COMMENT ON FUNCTION @extschema@.ir_async_begin(bigint, text) IS
-    'say that a claimed job is begun, of several: it is not given back while the transaction lasts; false when it is lost';
+    'say that a claimed job is begun, of several: it is not given back while the transaction lasts; what is to be called, and the job that follows; no row when it is lost';
 COMMENT ON FUNCTION @extschema@.ir_async_finish(bigint, text, jsonb) IS 'end a claimed job with a result, or NULL for none';
 COMMENT ON FUNCTION @extschema@.ir_async_fail(bigint, text, jsonb) IS
     'end an attempt of a claimed job with an error {"code","message","data"}; "retry": false for no other attempt';

@@ -34,15 +34,13 @@ TRACE, RPC = 'async_trace', 'async_rpc'
 # How much is kept of where a job's ancestors enqueued it.
 TRACE_DEPTH, TRACE_LENGTH = 5, 4000
 
-# With it come whether its user is active, NULL for none, and the job that is to follow.
-READ_JOB = """
-    SELECT res_model, res_ids, method, args, kwargs, user_id, context, super_user,
-           (SELECT u.active FROM res_users u WHERE u.id = j.user_id),
-           (SELECT f.id FROM ir_async f WHERE f.token = j.token AND f.state = 'processing'
-               AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
-      FROM ir_async j WHERE id = %s AND token = %s AND state = 'processing'"""
-# For the transaction that does the work: from here on it is not given back as one that only waits.
-BEGIN_JOB = READ_JOB + " AND ir_async_begin(j.id, j.token)"
+CLAIMED = "SELECT 1 FROM ir_async WHERE id = %s AND token = %s AND state = 'processing'"
+# For the transaction that does the work: from here on it is not given back as one that only waits. With it come whether its
+# user is active, NULL for none, and the job that is to follow.
+BEGIN_JOB = """
+    SELECT b.model, b.res_ids, b.target, b.args, b.kwargs, b.user_id, b.context, b.su,
+           (SELECT u.active FROM res_users u WHERE u.id = b.user_id), b.following
+      FROM ir_async_begin(%s, %s) b"""
 
 
 class JobLost(Exception):
@@ -126,7 +124,7 @@ def check_claim(dbname, job_id, token):
             cr.execute("SELECT 1 FROM ir_module_module WHERE name = 'imbus' AND state IN ('installed', 'to upgrade')")
             if not cr.rowcount:
                 raise Unavailable()
-            cr.execute(READ_JOB, (job_id, token))
+            cr.execute(CLAIMED, (job_id, token))
             if not cr.rowcount:
                 raise JobLost()
     except psycopg2.OperationalError as error:

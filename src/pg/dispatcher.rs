@@ -4,6 +4,7 @@
 use super::jobs::{self, Claimed, Failed, Room};
 use super::launch::{self, Handle, Launch};
 use super::odoo_jobs::OdooJobs;
+use super::rotation::Turns;
 use super::shared::{RunnerSlot, RunnerState, Shared};
 use super::transaction::{self, Failure};
 use super::{guc, worker};
@@ -27,6 +28,7 @@ pub struct Dispatcher {
     database: u32,
     handles: HashMap<usize, Handle>,
     odoo: OdooJobs,
+    turns: Turns,
     /// When this worker began, in microseconds since 2000.
     began: i64,
     next: Instant,
@@ -51,6 +53,7 @@ impl Dispatcher {
             database,
             handles: HashMap::new(),
             odoo: OdooJobs::new(shared, database),
+            turns: Turns::new(),
             began: worker::now(),
             next: now,
             next_rescue: now,
@@ -89,6 +92,8 @@ impl Dispatcher {
         if self.mine().filter(|(_, slot)| slot.cancel_again()).count() > 0 {
             self.look_by(Instant::now() + NO_PLACE);
         }
+        let again = self.shared.database(self.database).and_then(|slot| self.turns.go_on(slot));
+        again.into_iter().for_each(|at| self.look_by(at));
         if Instant::now() < self.next_look {
             self.look_by(self.next_look);
             return Vec::new();
@@ -137,7 +142,15 @@ impl Dispatcher {
 
     /// Lets blocked jobs wait in their lanes whose dependencies have ended.
     fn release(&mut self) -> super::report::Outcome<()> {
-        self.blocked = jobs::release(self.blocked.unwrap_or(0))?;
+        let slot = self.shared.database(self.database);
+        // Before the look: an end that it does not see any more wakes this worker.
+        slot.into_iter().for_each(|slot| slot.await_ends(true));
+        let blocked = jobs::release(self.blocked.unwrap_or(0))?;
+        let is_all = self.blocked.is_none() && blocked.next.is_none();
+        if is_all && !blocked.are_there && guc::queues().is_empty() {
+            slot.into_iter().for_each(|slot| slot.await_ends(false));
+        }
+        self.blocked = blocked.next;
         if self.blocked.is_some() {
             self.look_by(Instant::now() + NO_PLACE);
         }
@@ -261,7 +274,7 @@ impl Dispatcher {
             }
             self.handles.remove(&index);
             if let Some((id, token)) = slot.job() {
-                let claimed = Claimed { id, token };
+                let claimed = Claimed { id, token, place: None };
                 settle(&claimed, &slot.message(), !slot.held.load(Ordering::Acquire));
                 give_back_others(&claimed);
             }
@@ -349,10 +362,11 @@ fn claim_one(role: u32) -> super::report::Outcome<Option<Claimed>> {
         if room.of(&lane.queue) == Some(0) {
             continue;
         }
-        if let Some(locked) = jobs::lock_first(lane, 1, None)?.0.first() {
+        let first = jobs::company(&jobs::lock_first(lane, 1, None)?.0);
+        if let Some(id) = first.ids.first().copied() {
             let token = jobs::new_token()?;
-            jobs::take(&[locked.id], &token, None)?;
-            return Ok(Some(Claimed { id: locked.id, token }));
+            jobs::take(&first, &token, None)?;
+            return Ok(Some(Claimed { id, token, place: Some(first.place) }));
         }
     }
     Ok(None)

@@ -100,3 +100,20 @@ pub unsafe fn cells<'a>(list: *mut pg_sys::List) -> &'a [pg_sys::ListCell] {
         }
     }
 }
+
+/// Truncates a table that this transaction has locked ACCESS EXCLUSIVE, as TRUNCATE does.
+pub fn truncate(relid: pg_sys::Oid) {
+    let behavior = pg_sys::DropBehavior::DROP_RESTRICT;
+    // SAFETY: main thread, inside a transaction; lists of one relation and its OID.
+    unsafe {
+        let relation = pg_sys::table_open(relid, pg_sys::NoLock as pg_sys::LOCKMODE);
+        pg_sys::CheckTableNotInUse(relation, c"TRUNCATE".as_ptr());
+        let none = std::ptr::null_mut();
+        let (relations, oids) = (pg_sys::lappend(none, relation.cast()), pg_sys::lappend_oid(none, relid));
+        #[cfg(feature = "pg15")]
+        pg_sys::ExecuteTruncateGuts(relations, oids, none, behavior, false);
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::ExecuteTruncateGuts(relations, oids, none, behavior, false, false);
+        pg_sys::table_close(relation, pg_sys::NoLock as pg_sys::LOCKMODE);
+    }
+}

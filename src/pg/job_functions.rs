@@ -436,14 +436,37 @@ fn ir_async_claim(
 const CLAIMED_MAX: i32 = 10_000;
 
 fn claimed(id: Option<i64>, token: Option<Text>) -> Outcome<Claimed> {
-    Ok(Claimed { id: given(id, "id")?, token: given(token, "token")?.0 })
+    Ok(Claimed { id: given(id, "id")?, token: given(token, "token")?.0, place: None })
 }
 
 /// `ir_async_begin(id, token)`: says that the runner begins a claimed job, of several that it was given at once; holds while
-/// the transaction lasts. False when the job is not the runner's any more. Errors: 22004.
+/// the transaction lasts. Returns what is to be called, and the job that follows under the same token (NULL for none); no row
+/// when the job is not the runner's any more. Errors: 22004.
 #[pg_extern]
-fn ir_async_begin(id: Option<i64>, token: Option<Text>) -> Outcome<bool> {
-    jobs::begin(&claimed(id, token)?)
+#[allow(clippy::type_complexity)]
+fn ir_async_begin(
+    id: Option<i64>,
+    token: Option<Text>,
+) -> Outcome<
+    TableIterator<
+        'static,
+        (
+            name!(model, Option<Text>),
+            name!(res_ids, Option<JsonbText>),
+            name!(target, Text),
+            name!(args, JsonbText),
+            name!(kwargs, JsonbText),
+            name!(user_id, Option<i32>),
+            name!(context, Option<JsonbText>),
+            name!(su, Option<bool>),
+            name!(following, Option<i64>),
+        ),
+    >,
+> {
+    let begun = jobs::begin(&claimed(id, token)?)?;
+    Ok(TableIterator::new(begun.into_iter().map(|job| {
+        (job.model, job.res_ids, job.target, job.args, job.kwargs, job.user_id, job.context, job.su, job.following)
+    })))
 }
 
 /// `ir_async_finish(id, token, result jsonb)`: ends a claimed job: `succeeded` with a result, `done` without one (NULL or

@@ -26,6 +26,7 @@ mod listen;
 mod odoo_jobs;
 mod report;
 mod ring;
+mod rotation;
 mod runner;
 mod schedules;
 mod session;

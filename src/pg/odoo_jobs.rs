@@ -249,7 +249,7 @@ fn give_back_all(batch: &Batch, left: &[i64], counts: bool) {
     {
         pgrx::warning!("imbus could not give back jobs: {failure}");
     }
-    give_back(&Claimed { id: *first, token: batch.token.clone() }, counts);
+    give_back(&Claimed { id: *first, token: batch.token.clone(), place: None }, counts);
 }
 
 /// Claims the first jobs of the first lane that has some, up to `size`, and no more than one place's share of them.
@@ -263,10 +263,11 @@ fn claim(lanes: &[Lane], size: usize, places: usize) -> Outcome<Option<Batch>> {
         let size = if room.of(&lane.queue).is_some() { 1 } else { size };
         let (locked, _) = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None)?;
         let share = if locked.len() < size { locked.len().div_ceil(places) } else { size };
-        let ids = jobs::company(locked.get(..share).unwrap_or_default());
-        if !ids.is_empty() {
+        let company = jobs::company(locked.get(..share).unwrap_or_default());
+        if !company.ids.is_empty() {
             let token = jobs::new_token()?;
-            jobs::take(&ids, &token, Some(WORKER))?;
+            jobs::take(&company, &token, Some(WORKER))?;
+            let ids = company.ids;
             return Ok(Some(Batch { token, is_single: ids.len() == 1, ids, given_back: 0, began: Instant::now() }));
         }
     }

@@ -86,6 +86,11 @@ pub fn is_noted(id: i64) -> bool {
     WRITTEN.with_borrow(|written| written.ranges().last().is_some_and(|(_, last)| last == id))
 }
 
+/// Whether the running transaction has published anything.
+pub fn has_notes() -> bool {
+    WRITTEN.with_borrow(|written| !written.is_empty())
+}
+
 /// The running command commits the prepared transaction with these numbers (its own and its savepoints').
 pub fn finishing(numbers: Vec<u32>) {
     FINISHED.set(numbers);

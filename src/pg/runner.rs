@@ -9,6 +9,7 @@ use super::jobs::{self, Claimed, Failed, Work};
 use super::launch;
 use super::limit::Limit;
 use super::report::Outcome;
+use super::ring;
 use super::session;
 use super::shared::{self, RunnerSlot, RunnerState};
 use super::sqlstate;
@@ -66,7 +67,7 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
     slot.set_state(RunnerState::Running);
     let mut claims = Claims::new(slot, role);
     // The one it was launched for; what it is stands in its row.
-    let mut first = slot.job().map(|(id, token)| Claimed { id, token });
+    let mut first = slot.job().map(|(id, token)| Claimed { id, token, place: None });
     loop {
         if let Some(claimed) = first.take() {
             work(&claimed);
@@ -177,30 +178,31 @@ struct Course {
 /// Runs what was claimed: in company as far as that goes, the rest alone. Of those that may take long only one is kept, so
 /// that none waits for another while other runners have nothing to do.
 fn run(slot: &RunnerSlot, batch: Batch) {
-    let Batch { token, works } = batch;
+    let Batch { token, place, works } = batch;
     let mut course = Course { left: VecDeque::from(works), failed: Vec::new(), slow: Vec::new() };
     // A wish to stop a job would be forgotten with the next one.
     while course.left.len() > 1 && course.slow.is_empty() && session::can_share() && slot.cancelled().is_none() {
-        run_together(slot, &token, &mut course);
+        run_together(slot, &token, place, &mut course);
     }
     let Course { left, failed, mut slow } = course;
+    let alone = |id| run_alone(slot, &Claimed { id, token: token.clone(), place: Some(place) });
     // Whom somebody wants to stop comes first: the mark is for the job in the slot.
     if let Some(place) = slow.iter().position(|work| Some(work.id) == slot.cancelled()) {
-        run_alone(slot, &token, slow.swap_remove(place).id);
+        alone(slow.swap_remove(place).id);
     }
-    failed.iter().for_each(|work| run_alone(slot, &token, work.id));
+    failed.iter().for_each(|work| alone(work.id));
     let mut others = slow.into_iter().chain(left);
     let Some(last) = others.next() else { return };
     if others.next().is_some() {
         give_back(&token, last.id);
     }
-    run_alone(slot, &token, last.id);
+    alone(last.id);
 }
 
-fn run_alone(slot: &RunnerSlot, token: &jobs::Token, id: i64) {
+fn run_alone(slot: &RunnerSlot, claimed: &Claimed) {
     session::be_unstoppable();
-    slot.begin(id);
-    work(&Claimed { id, token: token.clone() });
+    slot.begin(claimed.id);
+    work(claimed);
     session::reset();
 }
 
@@ -212,7 +214,7 @@ fn give_back(token: &jobs::Token, but: i64) {
 }
 
 /// Runs jobs in one transaction, each in a savepoint, until their time is over.
-fn run_together(slot: &RunnerSlot, token: &jobs::Token, course: &mut Course) {
+fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, course: &mut Course) {
     let mut tried = Vec::new();
     let (mut failed, mut slow) = (Vec::new(), Vec::new());
     let outcome = transaction::run(|| {
@@ -244,7 +246,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, course: &mut Course) {
             return Ok(());
         }
         // Somebody who has locked one of the rows must not keep the others.
-        match transaction::with_lock_timeout(|| jobs::succeed_all(token, &results))? {
+        match transaction::with_lock_timeout(|| jobs::succeed_all(place, token, &results))? {
             true => Ok(()),
             false => Err(jobs::given_up(results.first().map_or(0, |(id, _)| *id))),
         }
@@ -273,7 +275,8 @@ fn call(work: &Work) -> Outcome<Option<String>> {
     sqlstate::watched(|| call::run(&work.target, &arguments, &work.search_path))
 }
 
-/// Runs one job: effect, result, state and notification in one commit; a failure is recorded in a second one.
+/// Runs one job: effect, result, state and notification in one commit. Its function is called in a savepoint, so that its
+/// failure takes no second transaction; what stopped it, or only the commit has refused, is recorded in one.
 fn work(claimed: &Claimed) {
     if slot().and_then(RunnerSlot::cancelled) == Some(claimed.id) {
         return record(claimed, &Ended::Cancelled);
@@ -283,7 +286,10 @@ fn work(claimed: &Claimed) {
     session::be_unstoppable();
     Limit::lift();
     worker::report_activity(None);
-    let Err(failure) = outcome else { return };
+    let failure = match outcome {
+        Ok(None) => return,
+        Ok(Some(failure)) | Err(failure) => failure,
+    };
     let is_interrupted = failure.code == QUERY_CANCELED && was_interrupted();
     let ended = match slot().and_then(RunnerSlot::cancelled) {
         // Somebody has locked its row, to cancel it most likely.
@@ -344,16 +350,29 @@ fn timed_out(milliseconds: i64) -> Failure {
     }
 }
 
-fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>, begun: &Cell<bool>) -> Outcome<()> {
-    // Before the lock: a lock_timeout is an interrupt too.
+/// Calls a job's function and ends the job. What stopped it is returned; other failures are recorded here.
+fn attempt(claimed: &Claimed, limit: &Cell<Option<(Instant, i64)>>, begun: &Cell<bool>) -> Outcome<Option<Failure>> {
     session::be_stoppable();
-    let Some(work) = jobs::lock(claimed)? else { return Ok(()) };
+    let Some(work) = jobs::read(claimed)? else { return Ok(None) };
     begun.set(true);
     let guard = work.timeout.map(|milliseconds| {
         limit.set(Some((Instant::now(), milliseconds)));
         Limit::set(milliseconds)
     });
-    let result = transaction::without_settings(|| call(&work))?;
+    let result = transaction::in_savepoint(|| call(&work));
     drop(guard);
-    jobs::succeed(claimed, result.as_deref())
+    match result {
+        Ok(result) => jobs::succeed(claimed, result.as_deref())?,
+        Err(failure) if failure.code == QUERY_CANCELED => return Ok(Some(failure)),
+        Err(failure) => {
+            session::be_unstoppable();
+            jobs::fail(claimed, &Failed::from(&failure))?;
+            // The next commit writes it to disk with its own. Should the server go down before that, the job is run once more,
+            // as one is that it went down with; but nobody is told of what is not on disk.
+            if !ring::has_notes() {
+                transaction::set_local(c"synchronous_commit", c"off");
+            }
+        }
+    }
+    Ok(None)
 }

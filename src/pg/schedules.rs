@@ -17,6 +17,7 @@ use super::zone::ServerZone;
 use super::{wake, worker};
 use crate::core::error::{Error, shown};
 use crate::core::schedule::Expression;
+use crate::core::template;
 use pgrx::datum::{DatumWithOid, Interval};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
@@ -65,9 +66,8 @@ fn home() -> Outcome<Home> {
 /// Runs a statement on the table; `SCHEDULES` in the text is its name, `JOBS` that of `ir_async`.
 fn on_table<T>(text: &str, args: &[DatumWithOid<'_>], map: impl FnMut(&sql::Row) -> Outcome<T>) -> Outcome<Vec<T>> {
     let home = home()?;
-    let text = text
-        .replace("SCHEDULES", &format!("{}.imbus_schedule", home.schema))
-        .replace("JOBS", &format!("{}.ir_async", home.schema));
+    let (schedules, jobs) = (format!("{}.imbus_schedule", home.schema), format!("{}.ir_async", home.schema));
+    let text = template::fill(text, &[("SCHEDULES", &schedules), ("JOBS", &jobs)]);
     as_owner(home.owner, [home.relid; 2], || sql::rows(&text, args, map))
 }
 

@@ -98,6 +98,12 @@ pub struct DatabaseSlot {
     places: AtomicU32,
     /// Counts what runners may find when they look, but for jobs that one of them was offered.
     news: AtomicU64,
+    /// Jobs wait for others to end: for their own sake, or since their queue has a limit.
+    awaits_ends: AtomicBool,
+    /// How many jobs have ended.
+    ended: AtomicU64,
+    /// Which of the tables in which jobs wait and run by turns fills, counted from 0.
+    filling: AtomicU32,
     /// Jobs of this database that Odoo works on, and whether others wait for it.
     odoo_jobs: AtomicU32,
     odoo_wanted: AtomicBool,
@@ -127,6 +133,21 @@ impl DatabaseSlot {
     /// How often that was said.
     pub fn news(&self) -> u64 {
         self.news.load(Ordering::SeqCst)
+    }
+
+    /// Whether some job waits for others to end.
+    pub fn await_ends(&self, awaits: bool) {
+        self.awaits_ends.store(awaits, Ordering::SeqCst);
+    }
+
+    /// Which table fills (`core::rotation`).
+    pub fn filling(&self) -> usize {
+        self.filling.load(Ordering::Acquire) as usize
+    }
+
+    /// Another one does from now on; who does not know yet does no harm.
+    pub fn set_filling(&self, table: usize) {
+        self.filling.store(u32::try_from(table).unwrap_or(0), Ordering::Release);
     }
 
     /// The worker is about to look at the jobs, and goes by this many runners.
@@ -202,6 +223,8 @@ pub struct GatewayCounters {
     pub slow_consumers: AtomicU64,
 }
 
+/// So many jobs are worth a look at their tables.
+const MANY: u64 = 4096;
 /// Sessions that may have claimed jobs for runners outside at the same time.
 pub const SESSIONS: usize = 2048;
 
@@ -345,6 +368,15 @@ impl Shared {
                 && slot.leave.load(Ordering::Acquire) == 0
         };
         self.runners.iter().filter(goes_on).count() >= places
+    }
+
+    /// So many jobs have ended. Whether the worker of the database is to look: some may wait for that, or there are many by
+    /// now, whose tables are to be looked after. Never fails.
+    pub fn has_ended(&self, oid: u32, jobs: usize) -> bool {
+        let Some(slot) = self.database(oid) else { return false };
+        let before = slot.ended.fetch_add(jobs as u64, Ordering::Relaxed);
+        let after = before.wrapping_add(jobs as u64);
+        slot.awaits_ends.load(Ordering::SeqCst) || before / MANY != after / MANY
     }
 
     /// Wakes the worker of a database: there may be jobs to run. Never fails.

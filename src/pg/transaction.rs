@@ -105,19 +105,32 @@ fn abort(error: CaughtError) -> Failure {
     error.into()
 }
 
-/// Runs `work` in a savepoint that is rolled back when it has succeeded: its locks go, what it did to sequences stays.
+/// Runs `work` in a savepoint that is rolled back whatever comes of it: its locks go, what it did to sequences stays.
 pub fn in_passing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-    // SAFETY: inside a transaction; as PL/pgSQL does for its EXCEPTION blocks (pl_exec.c). On ERROR the abort of the
-    // outer transaction ends the savepoint.
+    // SAFETY: inside a transaction; as PL/pgSQL does for its EXCEPTION blocks (pl_exec.c).
     unsafe {
         let (context, owner) = (pg_sys::CurrentMemoryContext, pg_sys::CurrentResourceOwner);
-        pg_sys::BeginInternalSubTransaction(std::ptr::null());
-        pg_sys::MemoryContextSwitchTo(context);
-        let result = work().unwrap_or_report();
-        pg_sys::RollbackAndReleaseCurrentSubTransaction();
-        pg_sys::MemoryContextSwitchTo(context);
-        pg_sys::CurrentResourceOwner = owner;
-        Ok(result)
+        // An ERROR that left the savepoint open would end it alone, and leave the transaction in it.
+        let undo = |error: CaughtError| {
+            pg_sys::InterruptHoldoffCount += 1;
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+            pg_sys::InterruptHoldoffCount -= 1;
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::CurrentResourceOwner = owner;
+            error.rethrow()
+        };
+        PgTryBuilder::new(AssertUnwindSafe(|| {
+            pg_sys::BeginInternalSubTransaction(std::ptr::null());
+            pg_sys::MemoryContextSwitchTo(context);
+            let result = work().unwrap_or_report();
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::CurrentResourceOwner = owner;
+            Ok(result)
+        }))
+        .catch_others(undo)
+        .catch_rust_panic(undo)
+        .execute()
     }
 }
 
@@ -194,6 +207,12 @@ pub fn safely<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     result
 }
 
+/// Hands this process's statistics of tables on at once.
+pub fn report_statistics() {
+    // SAFETY: main thread, outside any transaction.
+    unsafe { pg_sys::pgstat_report_stat(true) };
+}
+
 /// Runs statements of imbus's own whose plans are made once and kept: along the index that was made for them, however
 /// small the table is at that time and whatever is known of it.
 pub fn along_indexes<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
@@ -202,10 +221,21 @@ pub fn along_indexes<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     for method in [c"enable_seqscan", c"enable_bitmapscan", c"enable_sort", c"jit"] {
         set(method, c"off", pg_sys::GucAction::GUC_ACTION_SAVE);
     }
+    set(c"plan_cache_mode", c"force_generic_plan", pg_sys::GucAction::GUC_ACTION_SAVE);
     let result = work();
     // SAFETY: pairs with NewGUCNestLevel.
     unsafe { pg_sys::AtEOXact_GUC(false, nest) };
     result
+}
+
+/// Runs statements that join by hashing: the planner takes a parameter's array for a short one.
+pub fn by_hashing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    without_settings(|| {
+        for method in [c"enable_nestloop", c"enable_mergejoin"] {
+            set(method, c"off", pg_sys::GucAction::GUC_ACTION_SAVE);
+        }
+        work()
+    })
 }
 
 /// Runs statements that wait for nobody's lock longer than 100 ms. Errors: 55P03.

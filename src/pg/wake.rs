@@ -12,7 +12,7 @@ thread_local! {
     static PLAIN: Cell<(u32, i64)> = const { Cell::new((0, 0)) };
     /// When the first of the jobs is to start that are to wait, in microseconds since 2000.
     static LATER: Cell<i64> = const { Cell::new(i64::MAX) };
-    static ENDED: Cell<bool> = const { Cell::new(false) };
+    static ENDED: Cell<usize> = const { Cell::new(0) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
     static OWNER: Cell<u32> = const { Cell::new(0) };
@@ -36,9 +36,9 @@ pub fn enqueued_for_later(start: i64) {
     LATER.set(LATER.get().min(start));
 }
 
-/// The running transaction has ended jobs of this database: others may have waited for that.
-pub fn ended() {
-    ENDED.set(true);
+/// The running transaction has ended so many jobs of this database: others may have waited for that.
+pub fn ended(jobs: usize) {
+    ENDED.set(ENDED.get() + jobs);
 }
 
 /// The running transaction has created or dropped an extension or a database.
@@ -99,6 +99,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
                 shared::get().and_then(|shared| shared.database(database)).into_iter().for_each(|slot| slot.add_news());
             }
             let enqueued = enqueued | !is_taken(database, PLAIN.take());
+            let ended = ended > 0 && shared::get().is_some_and(|shared| shared.has_ended(database, ended));
             if published || enqueued || ended || extension {
                 tell(database, published, enqueued || ended, extension);
             }
@@ -111,7 +112,7 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             }
             ring::forget();
             ENQUEUED.set(false);
-            ENDED.set(false);
+            ENDED.set(0);
             PLAIN.set((0, 0));
             LATER.set(i64::MAX);
             EXTENSION.set(false);

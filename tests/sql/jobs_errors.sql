@@ -87,7 +87,7 @@ ROLLBACK;
 -- What the administrator puts on the table is obeyed.
 DELETE FROM ir_async;
 ALTER TABLE ir_async ALTER user_id SET NOT NULL;
-\set VERBOSITY terse
+\set VERBOSITY sqlstate
 SELECT ir_async_call('regress_add', '[1]', run_at => 'infinity');
 \set VERBOSITY default
 ALTER TABLE ir_async ALTER user_id DROP NOT NULL;

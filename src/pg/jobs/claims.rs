@@ -2,12 +2,12 @@
 //! and priority, in the order of their times; the index of waiting jobs begins with these, so that a look at the heads of
 //! all lanes, and a claim from one of them, cost the same however many jobs wait in them or beside them.
 
-use super::{Claimed, Token, on_table, rows_changed};
+use super::{Claimed, Place, Token, on_named, on_table, rows_changed};
 use crate::core::job::{self, Lane};
 use crate::core::queues::Limits;
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal};
-use crate::pg::transaction::{along_indexes, safely, with_lock_timeout};
+use crate::pg::transaction::{in_passing, safely};
 use crate::pg::{guc, sql, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
@@ -52,7 +52,7 @@ pub fn lanes(queue: Option<&str>) -> Outcome<Vec<Lane>> {
     };
     let queue = queue.map(|queue| Text(queue.to_owned()));
     let text = LANES.replace("KIND", KIND);
-    let mut lanes = along_indexes(|| on_table(&text, &[queue.into()], read))?;
+    let mut lanes = on_table(&text, &[queue.into()], read)?;
     job::sort(&mut lanes);
     Ok(lanes)
 }
@@ -114,14 +114,36 @@ pub struct Mark {
 /// A waiting job that this transaction has locked.
 pub struct Locked {
     pub id: i64,
+    /// The table that it is in.
+    pub place: pg_sys::Oid,
     /// It is run alone: a runner has died in it, and no other job is to die with it again, or its time is limited.
-    pub is_alone: bool,
+    is_alone: bool,
 }
 
-/// The ids of those that may be claimed together: the first alone, or those up to the next one that is run alone.
-pub fn company(locked: &[Locked]) -> Vec<i64> {
-    let alone = locked.first().filter(|first| first.is_alone).map(|first| vec![first.id]);
-    alone.unwrap_or_else(|| locked.iter().take_while(|job| !job.is_alone).map(|job| job.id).collect())
+impl Locked {
+    fn read(row: &sql::Row) -> Outcome<Locked> {
+        Ok(Locked { id: row.need(1)?, place: row.need(2)?, is_alone: row.need(3)? })
+    }
+}
+
+/// Of a job `c`, what `Locked` holds.
+const LOCKED: &str = "c.id, c.tableoid, c.deaths > 0 OR c.timeout IS NOT NULL";
+
+/// Jobs of one table.
+#[derive(Clone, Debug, Default)]
+pub struct Company {
+    pub place: pg_sys::Oid,
+    pub ids: Vec<i64>,
+}
+
+/// Those that may be claimed together: the first alone, or those up to the next one that is run alone, or is elsewhere.
+pub fn company(locked: &[Locked]) -> Company {
+    let Some(first) = locked.first() else { return Company::default() };
+    let count = match first.is_alone {
+        true => 1,
+        false => locked.iter().take_while(|job| !job.is_alone && job.place == first.place).count(),
+    };
+    Company { place: first.place, ids: locked.iter().take(count).map(|job| job.id).collect() }
 }
 
 /// What a lane is known by: the first four arguments of the statements on one.
@@ -138,7 +160,7 @@ fn time(at: i64) -> Outcome<TimestampWithTimeZone> {
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
 /// the lane begins or from where the last claim ended. With them comes where the next claim may go on.
 pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
-    let text = "SELECT c.id, c.run_at, c.deaths > 0 OR c.timeout IS NOT NULL FROM TABLE c
+    let text = "SELECT LOCKED, c.run_at FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
@@ -149,22 +171,24 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
     let [queue, kind, role, priority] = key(lane);
     let args = [queue, kind, role, priority, time(worker::now())?.into(), run_at.into(), id.into(), most.into()];
     let read = |row: &sql::Row| {
-        let (id, is_alone) = (row.need(1)?, row.need(3)?);
-        Ok((Locked { id, is_alone }, row.get::<TimestampWithTimeZone>(2)?.map(|run_at| Mark { run_at, id })))
+        let locked = Locked::read(row)?;
+        let mark = row.get::<TimestampWithTimeZone>(4)?.map(|run_at| Mark { run_at, id: locked.id });
+        Ok((locked, mark))
     };
-    let found = along_indexes(|| on_table(&text.replace("KIND", KIND), &args, read))?;
+    let found = on_table(&text.replace("KIND", KIND).replacen("LOCKED", LOCKED, 1), &args, read)?;
     let last = found.last().and_then(|(_, mark)| mark.clone());
     Ok((found.into_iter().map(|(locked, _)| locked).collect(), last))
 }
 
 /// Locks the job that a runner of its role was offered, if it waits still.
 pub fn lock_offered(id: i64, role: u32) -> Outcome<Option<Locked>> {
-    let text = "SELECT c.id, c.deaths > 0 OR c.timeout IS NOT NULL FROM TABLE c
+    let text = "SELECT LOCKED FROM TABLE c
                  WHERE c.id = $1 AND c.state = 'created' AND c.ready AND c.role = $2 AND c.res_model IS NULL
                    AND c.run_at <= pg_catalog.clock_timestamp() FOR UPDATE OF c SKIP LOCKED";
     let args = [id.into(), pg_sys::Oid::from(role).into()];
-    let read = |row: &sql::Row| Ok(Locked { id: row.need(1)?, is_alone: row.need(2)? });
-    Ok(along_indexes(|| on_table(text, &args, read))?.into_iter().next())
+    // SKIP LOCKED has the word too.
+    let text = text.replacen("LOCKED", LOCKED, 1);
+    Ok(on_table(&text, &args, Locked::read)?.into_iter().next())
 }
 
 /// How many jobs of a lane are due, counted up to `most`.
@@ -174,7 +198,7 @@ pub fn count_due(lane: &Lane, most: i64) -> Outcome<i64> {
                    AND c.priority = $4 AND c.run_at BETWEEN $5 AND $6 LIMIT $7) s";
     let [queue, kind, role, priority] = key(lane);
     let args = [queue, kind, role, priority, time(lane.first)?.into(), time(worker::now())?.into(), most.into()];
-    let counted = along_indexes(|| on_table(&text.replace("KIND", KIND), &args, |row| row.need(1)))?;
+    let counted = on_table(&text.replace("KIND", KIND), &args, |row| row.need(1))?;
     Ok(counted.into_iter().next().unwrap_or(0))
 }
 
@@ -207,13 +231,15 @@ fn work(row: &sql::Row, first: usize) -> Outcome<Work> {
 
 /// Claims jobs that this transaction has locked, under one token: `processing`, one attempt more. They come in the order
 /// in which they were locked.
-pub fn take(ids: &[i64], token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
-    let text = "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
+pub fn take(company: &Company, token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
+    let Company { place, ids } = company;
+    let text = "UPDATE PLACE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
                 claimed_at = pg_catalog.clock_timestamp(), write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
           WHERE id = ANY($1)";
-    let args = [ids.to_vec().into(), Text(token.clone()).into(), worker.map(|name| Text(name.to_owned())).into()];
-    let mut works = along_indexes(|| {
-        rows_changed(text, WORK, &args, |row, first| Ok(Work { id: row.need(1)?, ..work(row, first)? }))
+    let args = [ids.clone().into(), Text(token.clone()).into(), worker.map(|name| Text(name.to_owned())).into()];
+    let place = Place::of(*place)?;
+    let mut works = rows_changed(text, &[place.name()], WORK, &args, |row, first| {
+        Ok(Work { id: row.need(1)?, ..work(row, first)? })
     })?;
     let places: HashMap<i64, usize> = ids.iter().enumerate().map(|(place, id)| (*id, place)).collect();
     works.sort_unstable_by_key(|work| places.get(&work.id).copied());
@@ -223,36 +249,48 @@ pub fn take(ids: &[i64], token: &Token, worker: Option<&str>) -> Outcome<Vec<Wor
 /// Which jobs are still processed under a token.
 pub fn left(token: &Token) -> Outcome<Vec<i64>> {
     let text = "SELECT id FROM TABLE WHERE token = $1 AND state = 'processing'";
-    along_indexes(|| on_table(text, &[Text(token.clone()).into()], |row| row.need(1)))
+    on_table(text, &[Text(token.clone()).into()], |row| row.need(1))
 }
 
-/// Locks a claimed job for the transaction that runs it; None when the token has been given up. Waits a little for who has
-/// locked it: others who look for jobs lock for a moment also what has just been claimed. Errors: 55P03.
-pub fn lock(claimed: &Claimed) -> Outcome<Option<Work>> {
-    let text = format!("SELECT {WORK} FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing' FOR UPDATE");
-    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let found = with_lock_timeout(|| on_table(&text, &args, |row| Ok(Work { id: claimed.id, ..work(row, 1)? })))?;
-    Ok(found.into_iter().next())
+/// Reads a claimed job for the transaction that runs it; None when the token has been given up. No lock is kept: as long as
+/// the job runs, its table is nobody's (`rotation`), and its end asks for the token again.
+pub fn read(claimed: &Claimed) -> Outcome<Option<Work>> {
+    let text = format!("SELECT {WORK} FROM PLACE WHERE id = $1 AND token = $2 AND state = 'processing'");
+    let read = |row: &sql::Row| Ok(Work { id: claimed.id, ..work(row, 1)? });
+    in_passing(|| {
+        Place::find(claimed, |place| {
+            let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+            Ok(on_named(&text, &[place.name()], &args, read)?.into_iter().next())
+        })
+    })
 }
 
-/// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. Looks at some, those with
-/// ids above `after`; returns where to go on, None when it has seen the last.
-pub fn release(after: i64) -> Outcome<Option<i64>> {
+/// The blocked jobs after a look at some of them.
+pub struct Blocked {
+    /// Where to go on; None when the last was seen.
+    pub next: Option<i64>,
+    /// There are such.
+    pub are_there: bool,
+}
+
+/// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. They are in the table itself.
+/// Looks at some, those with ids above `after`.
+pub fn release(after: i64) -> Outcome<Blocked> {
     let text = "SELECT b.id, NOT EXISTS (SELECT FROM pg_catalog.unnest(b.depends_on) d (id) JOIN TABLE p ON p.id = d.id
                                           WHERE p.state NOT IN ('succeeded', 'done'))
-                  FROM (SELECT c.id, c.depends_on FROM TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
+                  FROM (SELECT c.id, c.depends_on FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
                          ORDER BY c.id LIMIT $2) b ORDER BY b.id";
-    let seen = along_indexes(|| {
-        on_table(text, &[after.into(), BLOCKED.into()], |row| Ok((row.need::<i64>(1)?, row.need::<bool>(2)?)))
-    })?;
+    let read = |row: &sql::Row| Ok((row.need::<i64>(1)?, row.need::<bool>(2)?));
+    let seen = on_table(text, &[after.into(), BLOCKED.into()], read)?;
     let free: Vec<i64> = seen.iter().filter(|(_, is_free)| *is_free).map(|(id, _)| *id).collect();
     if !free.is_empty() {
-        let text = "UPDATE TABLE SET ready = true WHERE id IN (SELECT c.id FROM TABLE c WHERE c.id = ANY($1)
+        let text = "UPDATE ONLY TABLE SET ready = true WHERE id IN (SELECT c.id FROM ONLY TABLE c WHERE c.id = ANY($1)
                        AND c.state = 'created' AND NOT c.ready FOR UPDATE SKIP LOCKED) RETURNING id";
         on_table(text, &[free.into()], |_| Ok(()))?;
     }
     let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
-    Ok(seen.last().map(|(id, _)| *id).filter(|_| !is_last))
+    let next = seen.last().map(|(id, _)| *id).filter(|_| !is_last);
+    Ok(Blocked { next, are_there: seen.iter().any(|(_, is_free)| !is_free) })
 }
 
 /// A job that is `processing`, for a worker that asks who still works on it.
@@ -280,7 +318,7 @@ pub fn processing(began: i64) -> Outcome<Vec<Processing>> {
                  ORDER BY j.token, j.run_at, j.id";
     on_table(text, &[began.into()], |row| {
         Ok(Processing {
-            claimed: Claimed { id: row.need(1)?, token: row.text(2)? },
+            claimed: Claimed { id: row.need(1)?, token: row.text(2)?, place: None },
             session: row.get(3)?,
             is_overdue: row.need(4)?,
             is_odoo: row.need(5)?,

@@ -1,9 +1,9 @@
 //! What the role that enqueued a job may do with it.
 
-use super::{Token, change_and_tell, on_table, table};
+use super::{Place, Token, change_and_tell, on_table, table};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::{shared, wake, worker};
+use crate::pg::{shared, sql, wake, worker};
 use pgrx::prelude::*;
 
 /// A job's state as JSON for its own role, a member of it, or whoever may read the table; None for others.
@@ -20,8 +20,8 @@ pub fn status(id: i64) -> Outcome<Option<String>> {
     let found = on_table(text, &[id.into()], |row| {
         Ok((row.get::<JsonbText>(1)?.map(|json| json.0), row.need::<pg_sys::Oid>(2)?))
     })?;
-    let Some((json, role)) = found.into_iter().next() else { return Ok(None) };
-    Ok(json.filter(|_| may_see(role).unwrap_or(false)))
+    let json = found.into_iter().find(|(_, role)| may_see(*role).unwrap_or(false)).and_then(|(json, _)| json);
+    Ok(json)
 }
 
 fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
@@ -37,31 +37,23 @@ fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
 /// Turns `succeeded` into `done`, for the job's own role only. True when it did, false when it was done already.
 /// Errors: 42704 for an unknown job, 42501 for somebody else's, 55000 in another state.
 pub fn complete(id: i64) -> Outcome<bool> {
-    let text = "SELECT role, state::text FROM TABLE WHERE id = $1 FOR UPDATE";
-    let found = on_table(text, &[id.into()], |row| Ok((row.need::<pg_sys::Oid>(1)?, row.text(2)?)))?;
-    let Some((role, state)) = found.into_iter().next() else {
-        return Err(report(
-            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
-            &format!("job {id} does not exist"),
-            "Finished jobs are deleted after imbus.job_retention.",
-            "",
-        ));
-    };
-    // SAFETY: catalog look-ups inside a transaction.
-    if !unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) } {
-        return Err(report(
-            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            &format!("permission denied for job {id}"),
-            "Only the role that enqueued a job completes it.",
-            "",
-        ));
+    let text = "SELECT role, state::text, tableoid FROM TABLE WHERE id = $1 FOR UPDATE";
+    let read = |row: &sql::Row| Ok((row.need::<pg_sys::Oid>(1)?, row.text(2)?, row.need::<pg_sys::Oid>(3)?));
+    let mut found = on_table(text, &[id.into()], read)?;
+    if found.is_empty() {
+        // It has just ended, and changed its table.
+        found = on_table(text, &[id.into()], read)?;
     }
+    let is_there = !found.is_empty();
+    let Some((_, state, place)) = found.into_iter().find(|(role, ..)| has_rights(*role)) else {
+        return Err(refused(id, is_there, "Only the role that enqueued a job completes it."));
+    };
     match state.as_str() {
         "done" => Ok(false),
         "succeeded" => {
-            let text = "UPDATE TABLE j SET state = 'done',
+            let text = "UPDATE PLACE j SET state = 'done',
                                write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC' WHERE id = $1";
-            change_and_tell(text, &[id.into()])?;
+            change_and_tell(text, &[Place::of(place)?.name()], &[id.into()])?;
             Ok(true)
         }
         other => Err(report(
@@ -73,37 +65,40 @@ pub fn complete(id: i64) -> Outcome<bool> {
     }
 }
 
-/// A job that somebody wants to change: its state and its token.
+fn has_rights(role: pg_sys::Oid) -> bool {
+    // SAFETY: catalog look-ups inside a transaction.
+    unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) }
+}
+
+/// Why a job is not changed: it is not there, or somebody else's.
+fn refused(id: i64, is_there: bool, rule: &str) -> pg_sys::panic::ErrorReport {
+    if is_there {
+        let message = format!("permission denied for job {id}");
+        return report(PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE, &message, rule, "");
+    }
+    let message = format!("job {id} does not exist");
+    let detail = "Finished jobs are deleted after imbus.job_retention.";
+    report(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, &message, detail, "")
+}
+
+/// A job that somebody wants to change: where it is, its state and its token.
 struct Known {
+    place: Place,
     state: String,
     token: Option<Token>,
 }
 
-/// Looks up a job that the caller may change: its own role only. Errors: 42704, 42501.
+/// Looks up a job that the caller may change: its own role only. A row that was inserted by hand may have the id of
+/// somebody else's. Errors: 42704, 42501.
 fn own(id: i64) -> Outcome<Known> {
-    let text = "SELECT role, state::text, token::text FROM TABLE WHERE id = $1";
+    let text = "SELECT role, state::text, token::text, tableoid FROM TABLE WHERE id = $1";
     let found = on_table(text, &[id.into()], |row| {
-        let token = row.get::<Text>(3)?.map(|text| text.0);
-        Ok((row.need::<pg_sys::Oid>(1)?, Known { state: row.text(2)?, token }))
+        let (place, token) = (Place::of(row.need(4)?)?, row.get::<Text>(3)?.map(|text| text.0));
+        Ok((row.need::<pg_sys::Oid>(1)?, Known { place, state: row.text(2)?, token }))
     })?;
-    let Some((role, known)) = found.into_iter().next() else {
-        return Err(report(
-            PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT,
-            &format!("job {id} does not exist"),
-            "Finished jobs are deleted after imbus.job_retention.",
-            "",
-        ));
-    };
-    // SAFETY: a catalog look-up inside a transaction.
-    if unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) } {
-        return Ok(known);
-    }
-    Err(report(
-        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-        &format!("permission denied for job {id}"),
-        "Only the role that enqueued a job changes it.",
-        "",
-    ))
+    let is_there = !found.is_empty();
+    let known = found.into_iter().find(|(role, _)| has_rights(*role));
+    known.map(|(_, known)| known).ok_or_else(|| refused(id, is_there, "Only the role that enqueued a job changes it."))
 }
 
 /// Ends a job: one that waits is `cancelled` with this transaction; one that a runner works on is stopped at once,
@@ -121,11 +116,11 @@ pub fn cancel(id: i64) -> Outcome<bool> {
             wake::enqueued();
             return Ok(true);
         }
-        let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, session = NULL, finished_at = pg_catalog.clock_timestamp(),
+        let text = "UPDATE PLACE j SET state = 'cancelled', token = NULL, session = NULL, finished_at = pg_catalog.clock_timestamp(),
                            write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                      WHERE id = $1 AND state = $2 AND token IS NOT DISTINCT FROM $3";
         let args = [id.into(), Text(known.state).into(), known.token.map(Text).into()];
-        if change_and_tell(text, &args)? > 0 {
+        if change_and_tell(text, &[known.place.name()], &args)? > 0 {
             return Ok(true);
         }
         // It has just been claimed, or has just ended.
@@ -145,11 +140,11 @@ pub fn retry(id: i64) -> Outcome<bool> {
             "Only a job that failed or was cancelled is brought back.",
         ));
     }
-    let text = "UPDATE TABLE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
+    let text = "UPDATE PLACE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
                        finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id = $1 AND state IN ('failed', 'cancelled')";
-    let is_back = change_and_tell(text, &[id.into()])? > 0;
+    let is_back = change_and_tell(text, &[known.place.name()], &[id.into()])? > 0;
     if is_back {
         wake::enqueued();
     }

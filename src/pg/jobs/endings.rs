@@ -1,45 +1,84 @@
 //! How an attempt ends: with a result, with a failure, with its runner.
 
-use super::{Claimed, Token, change_and_tell, on_table};
+use super::{Claimed, Place, Token, change_and_tell, move_and_tell, on_named, on_table, table};
 use crate::core::job::{self, State};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::transaction::{Failure, along_indexes};
+use crate::pg::transaction::{Failure, by_hashing};
 use crate::pg::wake;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 
-/// Ends a job with its result, in the transaction that did the work.
-pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
-    let payload = result.map(|json| JsonbText(format!(r#"{{"result":{json}}}"#)));
-    let text = "UPDATE TABLE j SET state = $3, payload = $4, token = NULL, session = NULL, traceback = NULL,
-                       finished_at = pg_catalog.clock_timestamp(),
-                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                 WHERE id = $1 AND token = $2 AND state = 'processing'";
-    let state = State::ended(result.is_some()).as_str().to_owned();
-    let args = [claimed.id.into(), Text(claimed.token.clone()).into(), Text(state).into(), payload.into()];
-    if change_and_tell(text, &args)? == 0 {
-        return Err(given_up(claimed.id));
-    }
-    wake::ended();
-    Ok(())
+/// Ends jobs of this table whose rows fulfil a condition on `j`, and puts them with these changes where ended jobs are.
+/// `given` is what they are joined with, as `d (id, payload)`, or nothing. Returns how many.
+fn end(
+    place: &Place,
+    condition: &str,
+    given: &str,
+    changes: &[(&str, &str)],
+    args: &[DatumWithOid<'_>],
+) -> Outcome<usize> {
+    let table = table()?;
+    let value = |column: &String| {
+        let changed = changes.iter().find(|(name, _)| name == column);
+        changed.map_or_else(|| format!("g.{column}"), |(_, value)| (*value).to_owned())
+    };
+    let (columns, values) = (table.columns.join(", "), table.columns.iter().map(value).collect::<Vec<_>>().join(", "));
+    let (using, more) = if given.is_empty() { ("", "") } else { ("USING", ", d.payload AS given") };
+    let text = format!(
+        "WITH g AS (DELETE FROM PLACE j {using} {given} WHERE {condition} RETURNING j.*{more})
+         INSERT INTO TABLE AS j (COLUMNS) SELECT VALUES FROM g"
+    );
+    move_and_tell(&text, &[place.name(), ("COLUMNS", &columns), ("VALUES", &values)], args)
 }
 
-/// Ends jobs with their results, in the transaction that did the work. False when one of them was not the runner's any
-/// more, so that the transaction must not be committed.
-pub fn succeed_all(token: &Token, results: &[(i64, Option<String>)]) -> Outcome<bool> {
-    let text = "UPDATE TABLE j SET state = CASE WHEN d.payload IS NULL THEN 'done' ELSE 'succeeded' END,
-                       payload = d.payload::jsonb, token = NULL, session = NULL, traceback = NULL,
-                       finished_at = pg_catalog.clock_timestamp(),
-                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                  FROM ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::text[])) d (id, payload)
-                 WHERE j.id = d.id AND j.token = $3 AND j.state = 'processing'";
+/// What changes when a job ends, but for its state and its payload.
+const ENDED: [(&str, &str); 5] = [
+    ("token", "NULL"),
+    ("session", "NULL"),
+    ("traceback", "NULL"),
+    ("finished_at", "pg_catalog.clock_timestamp()"),
+    ("write_date", "pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'"),
+];
+
+/// Ends a job with its result, in the transaction that did the work. Errors: 55000 when the token has been given up.
+pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
+    let ended = Place::find(claimed, |place| Ok(succeed_at(place, claimed, result)?.then_some(())))?;
+    ended.ok_or_else(|| given_up(claimed.id))
+}
+
+/// The same in this table; false when the job is not there.
+pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>) -> Outcome<bool> {
+    let payload = result.map(|json| JsonbText(format!(r#"{{"result":{json}}}"#)));
+    let [token, session, traceback, finished_at, write_date] = ENDED;
+    let changes = [("state", "$3"), ("payload", "$4"), token, session, traceback, finished_at, write_date];
+    let state = State::ended(result.is_some()).as_str().to_owned();
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into(), Text(state).into(), payload.into()];
+    let is_ended = end(place, "j.id = $1 AND j.token = $2 AND j.state = 'processing'", "", &changes, &args)? > 0;
+    if is_ended {
+        wake::ended(1);
+    }
+    Ok(is_ended)
+}
+
+/// Ends jobs with their results, in the transaction that did the work; they were claimed in the table `place`. False when
+/// one of them was not the runner's any more, so that the transaction must not be committed.
+pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<String>)]) -> Outcome<bool> {
+    let [no_token, session, traceback, finished_at, write_date] = ENDED;
+    let state = ("state", "CASE WHEN g.given IS NULL THEN 'done' ELSE 'succeeded' END");
+    let changes = [state, ("payload", "g.given::jsonb"), no_token, session, traceback, finished_at, write_date];
+    let given = "ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::text[])) d (id, payload)";
+    let condition = "j.id = d.id AND j.token = $3 AND j.state = 'processing'";
     let ids: Vec<i64> = results.iter().map(|(id, _)| *id).collect();
     let payload = |result: &Option<String>| result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#));
     let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result)).collect();
     let args = [ids.into(), payloads.into(), Text(token.clone()).into()];
-    let changed = along_indexes(|| change_and_tell(text, &args))?;
-    wake::ended();
+    let mut changed = by_hashing(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
+    if changed < results.len() {
+        // They may have been moved since (`rotation`).
+        changed += by_hashing(|| end(&Place::anywhere()?, condition, given, &changes, &args))?;
+    }
+    wake::ended(results.len());
     Ok(changed == results.len())
 }
 
@@ -50,7 +89,7 @@ pub fn give_back_others(token: &Token, but: i64) -> Outcome<usize> {
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
                                 FOR UPDATE SKIP LOCKED)";
-    let given_back = along_indexes(|| change_and_tell(text, &[Text(token.clone()).into(), but.into()]))?;
+    let given_back = change_and_tell(text, &[], &[Text(token.clone()).into(), but.into()])?;
     wake::enqueued();
     Ok(given_back)
 }
@@ -85,13 +124,19 @@ impl From<&Failure> for Failed {
 
 /// Records a failed attempt: the job waits for the next one, or has failed. False when it was not the runner's any more.
 pub fn fail(claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
-    let text = "SELECT attempts, max_attempts FROM TABLE WHERE id = $1 AND token = $2 FOR NO KEY UPDATE";
+    let ended = Place::find(claimed, |place| Ok(fail_at(place, claimed, failed)?.then_some(())))?;
+    Ok(ended.is_some())
+}
+
+/// The same in this table; false when the job is not there.
+pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
+    let text = "SELECT attempts, max_attempts FROM PLACE WHERE id = $1 AND token = $2 FOR NO KEY UPDATE";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let attempts = on_table(text, &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
+    let attempts = on_named(text, &[place.name()], &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
     let Some((attempts, max_attempts)) = attempts.into_iter().next() else { return Ok(false) };
     let [id, token] = key();
     let state = if failed.is_final { State::Failed } else { job::after_failure(attempts, max_attempts) };
-    end_attempt(state, id, token, &failed.payload, &failed.text, true)?;
+    end_attempt(place, state, id, token, &failed.payload, &failed.text, true)?;
     Ok(true)
 }
 
@@ -108,10 +153,12 @@ pub fn runner_died(claimed: &Claimed, counts: bool) -> Outcome<()> {
     let message = format!("the runner died {deaths} times in this job");
     let payload = job::error_payload("runner_died", &message, None, None);
     let [id, token] = key();
-    end_attempt(job::after_death(deaths), id, token, &payload, &message, false)
+    end_attempt(&Place::anywhere()?, job::after_death(deaths), id, token, &payload, &message, false)
 }
 
+/// Ends an attempt where the job is: a row that Odoo has locked as its own (`begin`) could not be moved.
 fn end_attempt(
+    place: &Place,
     state: State,
     id: DatumWithOid<'_>,
     token: DatumWithOid<'_>,
@@ -121,7 +168,7 @@ fn end_attempt(
 ) -> Outcome<()> {
     // Each attempt that fails waits twice as long as the one before, up to an hour, and a little more at random, so
     // that what failed together does not come back together.
-    let text = "UPDATE TABLE j SET state = $3, token = NULL, session = NULL, traceback = $5,
+    let text = "UPDATE PLACE j SET state = $3, token = NULL, session = NULL, traceback = $5,
                        payload = CASE WHEN $3 = 'failed' THEN $4 END,
                        errors = (CASE WHEN pg_catalog.jsonb_array_length(j.errors) < 20 THEN j.errors
                                       ELSE j.errors - 0 END)
@@ -146,11 +193,11 @@ fn end_attempt(
         Text(traceback.to_owned()).into(),
         delayed.into(),
     ];
-    change_and_tell(text, &args)?;
+    change_and_tell(text, &[place.name()], &args)?;
     if state.is_unfinished() {
         wake::enqueued()
     } else {
-        wake::ended()
+        wake::ended(1)
     }
     Ok(())
 }
@@ -160,6 +207,6 @@ pub fn cancelled(claimed: &Claimed) -> Outcome<()> {
     let text = "UPDATE TABLE j SET state = 'cancelled', token = NULL, session = NULL, finished_at = pg_catalog.clock_timestamp(),
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id = $1 AND token = $2 AND state = 'processing'";
-    change_and_tell(text, &[claimed.id.into(), Text(claimed.token.clone()).into()])?;
+    change_and_tell(text, &[], &[claimed.id.into(), Text(claimed.token.clone()).into()])?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Enqueueing a job, and what becomes of one that is inserted by hand.
 
-use super::{NOTIFICATION, Table, change, on_table, table};
+use super::{NOTIFICATION, Table, change, on_table, rotation, table};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::pg::datum::{Jsonb, JsonbText, Str, Text};
@@ -126,7 +126,10 @@ pub fn enqueue(new: &New) -> Outcome<i64> {
 pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
     let table = table()?;
     let mut ids = Vec::with_capacity(jobs.len());
-    for group in jobs.chunk_by(|one, other| one.identity_key.is_none() && other.identity_key.is_none()) {
+    let alike = |one: &New, other: &New| {
+        one.identity_key.is_none() && other.identity_key.is_none() && one.is_ready() == other.is_ready()
+    };
+    for group in jobs.chunk_by(alike) {
         let created = match group {
             [once] if once.identity_key.is_some() => match insert_once(&table, once)? {
                 Ok(id) => vec![id],
@@ -182,13 +185,19 @@ fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> O
     rows.collect()
 }
 
-/// Puts jobs in the short way (`direct`): their ids; None where the long way must be gone.
+/// Puts jobs in the short way (`direct`), into the table that fills if they wait for nothing but their turn: their ids; None where
+/// the long way must be gone.
 fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     // Made by the bootstrap superuser, as everything of a trusted extension; somebody may have given it away.
     // SAFETY: a cache look-up inside a transaction.
     let is_superusers = unsafe { pg_sys::superuser_arg(table.owner) };
     let indexes = if is_superusers { Indexes::Superusers } else { Indexes::Anybodys };
-    direct::with(table.relid, indexes, columns, |rows, columns| {
+    if table.has_triggers {
+        return Ok(None);
+    }
+    let is_ready = jobs.first().is_some_and(New::is_ready);
+    let relid = rotation::filling(table).filter(|_| is_ready).unwrap_or(table.relid);
+    direct::with(relid, indexes, columns, |rows, columns| {
         with_rows(table, jobs, |row| {
             rows.put(|column| columns.get(column).copied().flatten().and_then(|make| make(row)));
             Ok(row.id)
@@ -221,12 +230,7 @@ fn insert(table: &Table, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
     let inserted = with_rows(table, std::slice::from_ref(new), |row| {
         // SAFETY: of the type that stands beside it.
         let args = COLUMNS.map(|(_, of, make)| unsafe { DatumWithOid::new(make(row), of) });
-        // For this statement alone: the notification may run triggers of a user's, who may insert jobs too.
-        ENQUEUEING.set(true);
-        let mark = Enqueueing;
-        let inserted = on_table(&text, &args, |row| row.need::<i64>(1));
-        drop(mark);
-        inserted
+        as_own(|| on_table(&text, &args, |row| row.need::<i64>(1)))
     });
     Ok(inserted?.concat())
 }
@@ -249,7 +253,7 @@ fn insert_once(table: &Table, new: &New) -> Outcome<Result<i64, i64>> {
             return Ok(Ok(*id));
         }
         let key = new.identity_key.clone().map(Text);
-        let twin = "SELECT id FROM TABLE WHERE identity_key = $1 AND state IN ('created', 'processing')";
+        let twin = "SELECT id FROM ONLY TABLE WHERE identity_key = $1 AND state IN ('created', 'processing')";
         if let Some(id) = on_table(twin, &[key.into()], |row| row.need::<i64>(1))?.into_iter().next() {
             return Ok(Err(id));
         }
@@ -261,6 +265,16 @@ fn insert_once(table: &Table, new: &New) -> Outcome<Result<i64, i64>> {
         "",
         "Retry the transaction.",
     ))
+}
+
+/// Runs a statement that puts in rows which are as they are to be. It alone: a notification may run triggers of a user's, who
+/// may insert jobs too.
+pub(super) fn as_own<T>(statement: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    ENQUEUEING.set(true);
+    let mark = Enqueueing;
+    let result = statement();
+    drop(mark);
+    result
 }
 
 /// Clears the mark whatever happens.
@@ -284,6 +298,7 @@ fn ir_async_inserted<'a>(trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgH
         // Raised here: pgrx turns an Err of a trigger function into a panic's text.
         disown(&mut tuple).unwrap_or_report();
         check(&tuple).unwrap_or_report();
+        check_place(trigger, &tuple).unwrap_or_report();
     }
     Ok(Some(tuple))
 }
@@ -306,6 +321,24 @@ fn check(tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
     Err(report(PgSqlErrorCode::ERRCODE_CHECK_VIOLATION, &message, &detail, "Enqueue jobs by ir_async_call."))
 }
 
+/// No other job has its id, and what only one table knows to be unique is there. Errors: 23505, 23514.
+fn check_place(trigger: &pgrx::PgTrigger<'_>, tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
+    let id: Option<i64> = tuple.get_by_name("id").map_err(internal)?;
+    if !on_table("SELECT FROM TABLE WHERE id = $1", &[id.into()], |_| Ok(()))?.is_empty() {
+        let message = format!("a job with id {} exists already", id.unwrap_or(0));
+        return Err(report(PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION, &message, "", "Enqueue jobs by ir_async_call."));
+    }
+    let key: Option<String> = tuple.get_by_name("identity_key").map_err(internal)?;
+    let depends_on: Option<pgrx::Array<'_, i64>> = tuple.get_by_name("depends_on").map_err(internal)?;
+    // SAFETY: the relation that the trigger fires for, open as long as it runs.
+    let relid = unsafe { (*trigger.relation().map_err(internal)?.as_ptr()).rd_id };
+    if relid != table()?.relid && (key.is_some() || depends_on.is_some_and(|ids| !ids.is_empty())) {
+        let message = "a job with an identity_key or dependencies belongs to ir_async itself";
+        return Err(report(PgSqlErrorCode::ERRCODE_CHECK_VIOLATION, message, "", "Enqueue jobs by ir_async_call."));
+    }
+    Ok(())
+}
+
 fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
     // SAFETY: a plain global of the session, and a catalog look-up.
     let (role, superuser) = unsafe { (pg_sys::GetUserId(), pg_sys::superuser()) };
@@ -314,6 +347,12 @@ fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
     let is_ready = depends_on.is_none_or(|ids| ids.is_empty());
     tuple.set_by_name("ready", is_ready).map_err(internal)?;
     let state: Option<String> = tuple.get_by_name("state").map_err(internal)?;
+    if !superuser && state.as_deref() == Some("processing") {
+        // Whoever had claimed it has another row; nobody has a token but from a claim.
+        tuple.set_by_name("state", State::Created.as_str()).map_err(internal)?;
+        tuple.set_by_name("token", None::<String>).map_err(internal)?;
+        tuple.set_by_name("session", None::<i64>).map_err(internal)?;
+    }
     if superuser && matches!(state.as_deref(), Some("created" | "processing")) {
         let message = "inserted by a superuser: whose job it was is not known";
         let payload = job::error_payload("not_enqueued", message, None, None);

@@ -1,14 +1,15 @@
 //! Runners outside: they claim through SQL, and answer with the fencing token of their claim. A claim ends with the
 //! session that made it (`pg::sessions`), or with the job's timeout, which each word of progress restarts.
 
-use super::claims::{lanes, lock_first, room};
-use super::endings::{Failed, fail, given_up, succeed};
-use super::{Claimed, NOTIFICATION, Token, change_and_tell, new_token, on_table, stored_channel};
+use super::claims::{Locked, lanes, lock_first, room};
+use super::endings::{Failed, fail_at, given_up, succeed_at};
+use super::{Claimed, NOTIFICATION, Place, Token, change_and_tell, new_token, on_named, on_table, stored_channel};
 use crate::core::job::Lane;
 use crate::core::json;
 use crate::pg::bus;
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::Outcome;
+use crate::pg::transaction::in_passing;
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 
@@ -33,14 +34,14 @@ pub struct Assignment {
 pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: i64) -> Outcome<Vec<Assignment>> {
     let lanes = lanes_of(queue)?;
     let room = room(queue, max_jobs.into())?;
-    let mut ids = Vec::new();
+    let mut jobs = Vec::new();
     for lane in lanes.iter().filter(|lane| lane.is_due()) {
-        let wanted = room - i64::try_from(ids.len()).unwrap_or(room);
+        let wanted = room - i64::try_from(jobs.len()).unwrap_or(room);
         if wanted > 0 {
-            ids.extend(lock_first(lane, wanted, None)?.0.into_iter().map(|locked| locked.id));
+            jobs.extend(lock_first(lane, wanted, None)?.0);
         }
     }
-    ids.into_iter().map(|id| assign(id, worker, session)).collect()
+    jobs.iter().map(|locked| assign(locked, worker, session)).collect()
 }
 
 /// The lanes of the queue whose jobs the caller has the rights to.
@@ -52,16 +53,17 @@ fn lanes_of(queue: &str) -> Outcome<Vec<Lane>> {
 }
 
 /// Claims a job that this transaction has locked.
-fn assign(id: i64, worker: Option<&str>, session: i64) -> Outcome<Assignment> {
-    let token = new_token()?;
+fn assign(locked: &Locked, worker: Option<&str>, session: i64) -> Outcome<Assignment> {
+    let (id, place, token) = (locked.id, Place::of(locked.place)?, new_token()?);
     let text =
-        "UPDATE TABLE j SET state = 'processing', attempts = attempts + 1, token = $2, session = $3, worker = $4,
+        "UPDATE PLACE j SET state = 'processing', attempts = attempts + 1, token = $2, session = $3, worker = $4,
                        claimed_at = pg_catalog.clock_timestamp(),
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC' WHERE id = $1";
     let worker = worker.map(|worker| Text(worker.to_owned()));
-    change_and_tell(text, &[id.into(), Text(token.clone()).into(), session.into(), worker.into()])?;
+    let args = [id.into(), Text(token.clone()).into(), session.into(), worker.into()];
+    change_and_tell(text, &[place.name()], &args)?;
     let text = "SELECT name::text, method::text, args, kwargs, res_model::text, res_ids, user_id, context, super_user,
-                       attempts, timeout FROM TABLE WHERE id = $1";
+                       attempts, timeout FROM PLACE WHERE id = $1";
     let read = |row: &crate::pg::sql::Row| {
         Ok(Assignment {
             id,
@@ -79,42 +81,69 @@ fn assign(id: i64, worker: Option<&str>, session: i64) -> Outcome<Assignment> {
             timeout: row.get(11)?,
         })
     };
-    on_table(text, &[id.into()], read)?.into_iter().next().ok_or_else(|| given_up(id))
+    on_named(text, &[place.name()], &[id.into()], read)?.into_iter().next().ok_or_else(|| given_up(id))
+}
+
+/// A job that is begun: what is to be called, and the job that follows under the same token.
+pub struct Begun {
+    pub model: Option<Text>,
+    pub res_ids: Option<JsonbText>,
+    pub target: Text,
+    pub args: JsonbText,
+    pub kwargs: JsonbText,
+    pub user_id: Option<i32>,
+    pub context: Option<JsonbText>,
+    pub su: Option<bool>,
+    pub following: Option<i64>,
 }
 
 /// Says that the runner begins a claimed job: while its transaction lasts, the job is not given back as one that only waits
-/// for another in the same call. False for a runner that has lost it.
-pub fn begin(claimed: &Claimed) -> Outcome<bool> {
+/// for another in the same call. None for a runner that has lost it.
+pub fn begin(claimed: &Claimed) -> Outcome<Option<Begun>> {
+    let Some(found) = find(claimed)? else { return Ok(None) };
     // Weak enough for cancelling, for timing out and for an end of the runner.
-    let text = "SELECT FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing' FOR KEY SHARE";
+    let text = "SELECT res_model::text, res_ids, method::text, args, kwargs, user_id, context, super_user
+                  FROM PLACE WHERE id = $1 AND token = $2 AND state = 'processing' FOR KEY SHARE";
     let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
-    Ok(!on_table(text, &args, |_| Ok(()))?.is_empty())
+    let read = |row: &crate::pg::sql::Row| {
+        Ok(Begun {
+            model: row.get(1)?,
+            res_ids: row.get(2)?,
+            target: Text(row.text(3)?),
+            args: row.get(4)?.unwrap_or(JsonbText("[]".to_owned())),
+            kwargs: row.get(5)?.unwrap_or(JsonbText("{}".to_owned())),
+            user_id: row.get(6)?,
+            context: row.get(7)?,
+            su: row.get(8)?,
+            following: found.following,
+        })
+    };
+    Ok(on_named(text, &[found.place.name()], &args, read)?.into_iter().next())
 }
 
 /// Ends a claimed job with a result (NULL and null are none). Errors: 55000 for a runner that has lost it.
 pub fn finish_outside(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
-    check_role(claimed)?;
-    succeed(claimed, result.filter(|json| *json != "null"))
+    let is_ended = succeed_at(&mine(claimed)?, claimed, result.filter(|json| *json != "null"))?;
+    if is_ended { Ok(()) } else { Err(given_up(claimed.id)) }
 }
 
 /// Ends an attempt of a claimed job with an error. Errors: 55000 for a runner that has lost it.
 pub fn fail_outside(claimed: &Claimed, failed: &Failed) -> Outcome<()> {
-    check_role(claimed)?;
-    if fail(claimed, failed)? { Ok(()) } else { Err(given_up(claimed.id)) }
+    if fail_at(&mine(claimed)?, claimed, failed)? { Ok(()) } else { Err(given_up(claimed.id)) }
 }
 
 /// Keeps and tells how far a claimed job is; its timeout begins anew. The
 /// job's own row stays as it is, so that a transaction that ends the job with an older snapshot is not in its way. Errors:
 /// 55000 for a runner that has lost it.
 pub fn progress(claimed: &Claimed, percent: Option<f64>, message: Option<&str>) -> Outcome<()> {
-    check_role(claimed)?;
+    let place = mine(claimed)?;
     let text = "INSERT INTO PROGRESS AS p (job_id, percent, message, at)
                 VALUES ($1, $2, $3, pg_catalog.clock_timestamp())
                 ON CONFLICT (job_id) DO UPDATE SET percent = EXCLUDED.percent, message = EXCLUDED.message,
                                                    at = EXCLUDED.at RETURNING p.job_id";
     on_table(text, &[claimed.id.into(), percent.into(), message.map(|text| Text(text.to_owned())).into()], |_| Ok(()))?;
-    let text = "SELECT name::text, notify::text FROM TABLE WHERE id = $1 AND notify IS NOT NULL";
-    let told = on_table(text, &[claimed.id.into()], |row| Ok((row.get::<Text>(1)?, row.text(2)?)))?;
+    let text = "SELECT name::text, notify::text FROM PLACE WHERE id = $1 AND notify IS NOT NULL";
+    let told = on_named(text, &[place.name()], &[claimed.id.into()], |row| Ok((row.get::<Text>(1)?, row.text(2)?)))?;
     let Some((name, stored)) = told.into_iter().next() else { return Ok(()) };
     let Some(channel) = stored_channel(&stored)? else { return Ok(()) };
     let body = format!(
@@ -128,16 +157,34 @@ pub fn progress(claimed: &Claimed, percent: Option<f64>, message: Option<&str>) 
     Ok(())
 }
 
-/// Whether the job is the runner's by this token, and the caller has the rights of the job's role. Odoo runs the jobs of all
-/// roles: there the token that it was given is enough.
-fn check_role(claimed: &Claimed) -> Outcome<()> {
-    let text = "SELECT role, res_model IS NOT NULL AND session IS NULL FROM TABLE
-                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+/// A claimed job, looked up.
+struct Found {
+    place: Place,
+    role: pg_sys::Oid,
+    is_odoos: bool,
+    following: Option<i64>,
+}
+
+/// Looks a claimed job up in passing: no lock is left on the tables that it is not in. A job that Odoo or a runner outside
+/// works on is not moved (`rotation`).
+fn find(claimed: &Claimed) -> Outcome<Option<Found>> {
+    let text = "SELECT j.tableoid, j.role, j.res_model IS NOT NULL AND j.session IS NULL,
+                       (SELECT f.id FROM TABLE f WHERE f.token = j.token AND f.state = 'processing'
+                           AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
+                  FROM TABLE j WHERE j.id = $1 AND j.token = $2 AND j.state = 'processing'";
     let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let read = |row: &crate::pg::sql::Row| Ok((row.need::<pg_sys::Oid>(1)?, row.need::<bool>(2)?));
-    let found = on_table(text, &args, read)?.into_iter().next();
+    let read = |row: &crate::pg::sql::Row| {
+        let place = Place::of(row.need(1)?)?;
+        Ok(Found { place, role: row.need(2)?, is_odoos: row.need(3)?, following: row.get(4)? })
+    };
+    Ok(in_passing(|| on_table(text, &args, read))?.into_iter().next())
+}
+
+/// Where the job is, if it is the runner's by this token and the caller has the rights of the job's role. Odoo runs the jobs
+/// of all roles: there the token that it was given is enough. Errors: 55000 for a runner that has lost it.
+fn mine(claimed: &Claimed) -> Outcome<Place> {
     // SAFETY: catalog look-ups inside a transaction.
     let has_rights = |role| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) };
-    let is_theirs = found.is_some_and(|(role, is_odoos)| is_odoos || has_rights(role));
-    if is_theirs { Ok(()) } else { Err(given_up(claimed.id)) }
+    let found = find(claimed)?.filter(|found| found.is_odoos || has_rights(found.role));
+    found.map(|found| found.place).ok_or_else(|| given_up(claimed.id))
 }

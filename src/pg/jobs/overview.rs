@@ -1,13 +1,17 @@
 //! What the administrator sees, and what is cleared away.
 
-use super::on_table;
+use super::{on_table, table};
 use crate::core::status::{FailedJob, Jobs, Queue};
 use crate::pg::report::Outcome;
+use crate::pg::sql;
+use crate::pg::transaction::safely;
 
 /// Jobs counted for the administrator, a state.
 const COUNTED: u32 = 20_000;
 /// Finished jobs deleted in one transaction.
 const PRUNE_BATCH: i64 = 10_000;
+/// Dead rows that are no sign of anything.
+const DEAD: i64 = 50_000;
 
 /// How the jobs are, for the administrator's page: counted up to a bound a state, so that a long queue costs no more.
 pub fn summary() -> Outcome<Jobs> {
@@ -47,8 +51,16 @@ pub fn summary() -> Outcome<Jobs> {
     Ok(Jobs { queues, failed })
 }
 
-/// Deletes finished jobs older than `seconds`: how many (a batch at most). Failed jobs stay visible.
+/// Deletes finished jobs older than `seconds`: how many (a batch at most). Failed jobs stay visible. None is deleted while
+/// there are so many dead rows that some transaction must have kept autovacuum from clearing them: more would gain nothing.
 pub fn prune(seconds: i64) -> Outcome<i64> {
+    let relid = table()?.relid;
+    let text =
+        "SELECT pg_catalog.pg_stat_get_dead_tuples($1) > GREATEST($2, pg_catalog.pg_stat_get_live_tuples($1) / 2)";
+    let is_behind = safely(|| sql::first(text, &[relid.into(), DEAD.into()], |row| row.need::<bool>(1)))?;
+    if is_behind == Some(true) {
+        return Ok(0);
+    }
     let text = "DELETE FROM TABLE WHERE id IN (SELECT id FROM TABLE WHERE state IN ('succeeded', 'done', 'cancelled')
                    AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) LIMIT $2)
                 RETURNING id";

@@ -3,7 +3,7 @@
 use crate::core::job::Lane;
 use crate::core::pace::Pace;
 use crate::pg::guc;
-use crate::pg::jobs::{self, Locked, Mark, Room, Token, Work};
+use crate::pg::jobs::{self, Company, Locked, Mark, Room, Token, Work};
 use crate::pg::report::Outcome;
 use crate::pg::session;
 use crate::pg::shared::{self, DatabaseSlot, RunnerSlot};
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 /// How long jobs that share a transaction may take together before it is committed: nobody notices the delay, and the
 /// costs of a commit are spread over many.
-pub const BUDGET: Duration = Duration::from_millis(10);
+pub const BUDGET: Duration = Duration::from_millis(20);
 
 /// Jobs claimed at once, at most.
-const MOST: usize = 256;
+const MOST: usize = 512;
 
 /// How soon a runner looks again that others kept from looking: they counted jobs.
 const KEPT_OFF: Duration = Duration::from_millis(100);
@@ -30,6 +30,8 @@ const TERM: Duration = Duration::from_millis(50);
 /// Claimed jobs, in their order.
 pub struct Batch {
     pub token: Token,
+    /// The table that they were claimed in.
+    pub place: pgrx::pg_sys::Oid,
     pub works: Vec<Work>,
 }
 
@@ -95,7 +97,7 @@ impl Claims {
         }
         self.run(|claims| {
             let locked = jobs::lock_offered(id, claims.role)?;
-            claims.take(&locked.into_iter().map(|locked| locked.id).collect::<Vec<_>>())
+            claims.take(&jobs::company(locked.as_slice()))
         })
     }
 
@@ -139,13 +141,13 @@ impl Claims {
     }
 
     /// Claims jobs that this transaction has locked.
-    fn take(&mut self, ids: &[i64]) -> Outcome<Option<Batch>> {
-        let Some(first) = ids.first() else { return Ok(None) };
+    fn take(&mut self, company: &Company) -> Outcome<Option<Batch>> {
+        let Some(first) = company.ids.first() else { return Ok(None) };
         let token = jobs::new_token()?;
         // Before the commit, so that no job that a runner has is taken for an orphan.
         self.slot.set_job(*first, &token);
-        let works = jobs::take(ids, &token, None)?;
-        Ok(Some(Batch { token, works }))
+        let works = jobs::take(company, &token, None)?;
+        Ok(Some(Batch { token, place: company.place, works }))
     }
 
     /// Goes on in the same lane.

@@ -1,0 +1,235 @@
+//! The tables in which jobs wait and run are truncated by turns: nothing of a job is lost, and dead rows do not pile up under a
+//! transaction that stays open.
+
+mod common;
+
+use common::{Cluster, eventually};
+use postgres::{Client, IsolationLevel, Transaction};
+
+fn number(sql: &mut impl postgres::GenericClient, query: &str) -> i64 {
+    sql.query_one(&format!("SELECT ({query})::bigint"), &[]).unwrap().get(0)
+}
+
+/// A cluster, and a database with a function that does nothing and one that notes what it is called with.
+fn cluster(database: &str) -> (Cluster, Client) {
+    let cluster = Cluster::start_with(&["imbus.queues = 'out:0'", "shared_buffers = 64MB"]);
+    let mut sql = cluster.database(database);
+    sql.batch_execute(
+        "CREATE FUNCTION nothing() RETURNS void LANGUAGE sql AS '';
+         CREATE TABLE noted (n int);
+         CREATE FUNCTION note(n int) RETURNS int LANGUAGE sql AS 'INSERT INTO noted VALUES (n) RETURNING n'",
+    )
+    .unwrap();
+    (cluster, sql)
+}
+
+/// So many jobs, by which a table of jobs fills: some 400 bytes each.
+fn burst(sql: &mut impl postgres::GenericClient, jobs: i32) {
+    let text = "SELECT count(*) FROM ir_async_call_many((SELECT jsonb_agg(jsonb_build_object('target', 'nothing'))
+                                                           FROM generate_series(1, $1)))";
+    sql.query_one(text, &[&jobs]).unwrap();
+}
+
+/// How large the tables are in which jobs wait and run.
+fn size(sql: &mut impl postgres::GenericClient) -> i64 {
+    number(sql, "(SELECT sum(pg_relation_size(inhrelid)) FROM pg_inherits WHERE inhparent = 'ir_async'::regclass)")
+}
+
+/// The table that a job is in.
+fn place(sql: &mut Client, id: i64) -> String {
+    sql.query_one("SELECT tableoid::regclass::text FROM ir_async WHERE id = $1", &[&id]).unwrap().get(0)
+}
+
+fn call(sql: &mut Client, arguments: &str) -> i64 {
+    number(sql, &format!("ir_async_call({arguments})"))
+}
+
+/// A transaction that has seen something, and stays open.
+fn stay_open(client: &mut Client) -> Transaction<'_> {
+    let mut transaction = client.build_transaction().isolation_level(IsolationLevel::RepeatableRead).start().unwrap();
+    number(&mut transaction, "(SELECT count(*) FROM noted)");
+    number(&mut transaction, "pg_current_xact_id()::text::bigint");
+    transaction
+}
+
+const MB: i64 = 1 << 20;
+
+#[test]
+fn dead_rows_do_not_pile_up_under_a_transaction_that_stays_open() {
+    let (cluster, mut sql) = cluster("rotation_dead");
+    let mut other = cluster.connect("rotation_dead");
+    let mut open = stay_open(&mut other);
+    for _ in 0..6 {
+        burst(&mut sql, 50_000);
+        eventually("the burst is done", || {
+            number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
+        });
+    }
+    // 300,000 jobs leave 600,000 dead rows, of 200 bytes and more each.
+    eventually("they are cleared away", || size(&mut sql) < 20 * MB);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state = 'done')"), 300_000);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE attempts <> 1 OR deaths <> 0)"), 0);
+    assert_eq!(number(&mut sql, "(SELECT count(DISTINCT id) FROM ir_async)"), 300_000);
+    number(&mut open, "(SELECT count(*) FROM noted)");
+}
+
+#[test]
+fn what_waits_and_what_is_worked_on_outlasts_its_table() {
+    let (cluster, mut sql) = cluster("rotation_live");
+    sql.batch_execute("CREATE TABLE gate ()").unwrap();
+    sql.batch_execute(
+        "CREATE FUNCTION pass() RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN LOCK TABLE gate IN ACCESS SHARE MODE; RETURN 1; END $$",
+    )
+    .unwrap();
+    let (mut keeper, mut runner) = (cluster.connect("rotation_live"), cluster.connect("rotation_live"));
+    let mut gate = keeper.transaction().unwrap();
+    gate.batch_execute("LOCK TABLE gate IN ACCESS EXCLUSIVE MODE").unwrap();
+    let later = call(&mut sql, "'note', '[1]', run_at => now() + interval '1 hour'");
+    let long = call(&mut sql, "'pass'");
+    let failed = call(&mut sql, "'note', '[\"x\"]'");
+    let claimed = call(&mut sql, "'note', '[2]', queue => 'out'");
+    let waiting = call(&mut sql, "'note', '[3]', queue => 'out'");
+    let keyed = call(&mut sql, "'note', '[4]', queue => 'out', identity_key => 'a key'");
+    let first = place(&mut sql, later);
+    assert_eq!([place(&mut sql, claimed), place(&mut sql, waiting)], [first.clone(), first.clone()]);
+    let token: String = runner.query_one("SELECT token FROM ir_async_claim('out')", &[]).unwrap().get(0);
+    eventually("the long one runs", || {
+        number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {long} AND state = 'processing')")) == 1
+    });
+    burst(&mut sql, 60_000);
+    eventually("what waits has another table", || place(&mut sql, later) != first);
+    eventually("so have the others", || {
+        [waiting, long, failed].iter().all(|id| place(&mut sql, *id) != first) && place(&mut sql, failed) == "ir_async"
+    });
+    assert_eq!(place(&mut sql, claimed), first, "a runner outside works on it");
+    // All of them are what they were.
+    assert_eq!(call(&mut sql, "'note', '[4]', queue => 'out', identity_key => 'a key'"), keyed);
+    drop(gate);
+    runner.execute("SELECT ir_async_finish($1, $2, '2')", &[&claimed, &token]).unwrap();
+    let ended = |sql: &mut Client, id: i64, state: &str| {
+        let text = format!("(SELECT count(*) FROM ir_async WHERE id = {id} AND state = '{state}' AND deaths = 0)");
+        eventually(&format!("job {id} is {state}"), || number(sql, &text) == 1);
+    };
+    ended(&mut sql, long, "succeeded");
+    ended(&mut sql, failed, "failed");
+    ended(&mut sql, claimed, "succeeded");
+    assert_eq!(number(&mut sql, &format!("(SELECT attempts FROM ir_async WHERE id = {long})")), 1);
+    for id in [waiting, keyed] {
+        let row = runner.query_one("SELECT id, token FROM ir_async_claim('out')", &[]).unwrap();
+        assert_eq!(row.get::<_, i64>(0), id);
+        runner.execute("SELECT ir_async_finish($1, $2, '1')", &[&id, &row.get::<_, String>(1)]).unwrap();
+    }
+    assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&later]).unwrap().get::<_, bool>(0));
+    // Once nobody works in it any more, the table goes.
+    eventually("it is truncated", || number(&mut sql, &format!("pg_relation_size('{first}')")) == 0);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async)"), 60_006);
+}
+
+#[test]
+fn a_snapshot_from_before_sees_the_jobs_of_its_time() {
+    let (cluster, mut sql) = cluster("rotation_snapshot");
+    burst(&mut sql, 60_000);
+    eventually("all have ended", || {
+        number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
+    });
+    eventually("a table fills anew", || size(&mut sql) < 16 * MB);
+    let id = call(&mut sql, "'note', '[1]', run_at => now() + interval '1 hour'");
+    let first = place(&mut sql, id);
+    let mut other = cluster.connect("rotation_snapshot");
+    let mut before = stay_open(&mut other);
+    burst(&mut sql, 60_000);
+    eventually("what waits has been moved", || place(&mut sql, id) != first);
+    let seen = "(SELECT count(*) FROM ir_async WHERE state = 'created')";
+    assert_eq!(number(&mut before, seen), 1, "it is seen where it was");
+    assert_eq!(number(&mut before, "(SELECT count(*) FROM ir_async)"), 60_001);
+    drop(before);
+    eventually("then its table goes", || number(&mut sql, &format!("pg_relation_size('{first}')")) == 0);
+    assert_eq!(number(&mut sql, seen), 1);
+}
+
+#[test]
+fn jobs_survive_a_crash_while_their_tables_change() {
+    let (cluster, mut sql) = cluster("rotation_crash");
+    let jobs = 120_000;
+    let text = "SELECT count(*) FROM ir_async_call_many((SELECT jsonb_agg(jsonb_build_object(
+                    'target', 'note', 'args', jsonb_build_array(n))) FROM generate_series($1::int, $2::int) n))";
+    for first in (1..jobs).step_by(20_000) {
+        sql.query_one(text, &[&first, &(first + 19_999)]).unwrap();
+        let pid: i32 =
+            sql.query_one("SELECT pid FROM imbus_stat_bus WHERE datname = current_database()", &[]).unwrap().get(0);
+        if first % 40_000 == 1 {
+            common::kill_9(pid);
+            eventually("the server has noticed", || sql.simple_query("SELECT 1").is_err());
+            sql = common::recovered(&cluster, "rotation_crash");
+        }
+    }
+    eventually("all have ended", || number(&mut sql, "(SELECT count(*) FROM ir_async WHERE finished_at IS NULL)") == 0);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state = 'succeeded')"), i64::from(jobs));
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM noted)"), i64::from(jobs));
+    assert_eq!(number(&mut sql, "(SELECT count(DISTINCT n) FROM noted)"), i64::from(jobs));
+    eventually("their tables are cleared", || size(&mut sql) < 20 * MB);
+}
+
+#[test]
+fn a_schema_called_like_a_word_of_a_statement_and_a_publication_of_all_tables_stop_no_job() {
+    let (cluster, mut sql) = cluster("rotation_names");
+    let schema = r#""a PROGRESS, TABLE; PLACE ""CHILD"" NEXT, JOBS""#;
+    sql.batch_execute(&format!(
+        "CREATE PUBLICATION everything FOR ALL TABLES; ALTER SCHEMA public RENAME TO {schema};
+         ALTER DATABASE rotation_names SET search_path = {schema}"
+    ))
+    .unwrap();
+    let mut sql = cluster.connect("rotation_names");
+    let id = call(&mut sql, "'note', '[1]'");
+    let claimed = call(&mut sql, "'note', '[2]', queue => 'out', notify => '[\"jobs\"]'");
+    let token: String = sql.query_one("SELECT token FROM ir_async_claim('out')", &[]).unwrap().get(0);
+    sql.query_one("SELECT ir_async_progress($1, $2, 50, 'half')", &[&claimed, &token]).unwrap();
+    sql.query_one("SELECT ir_async_finish($1, $2, '2')", &[&claimed, &token]).unwrap();
+    for id in [id, claimed] {
+        eventually("it ends", || {
+            number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {id} AND state = 'succeeded')")) == 1
+        });
+    }
+    burst(&mut sql, 60_000);
+    eventually("a table is changed", || {
+        number(&mut sql, "(SELECT count(*) FROM ir_async WHERE finished_at IS NULL)") == 0 && size(&mut sql) < 16 * MB
+    });
+}
+
+#[test]
+fn a_row_put_in_by_hand_takes_nobodys_place() {
+    let (cluster, mut sql) = cluster("rotation_hand");
+    sql.batch_execute("CREATE ROLE r_hand LOGIN; ALTER DATABASE rotation_hand OWNER TO r_hand").unwrap();
+    let waiting = call(&mut sql, "'note', '[1]', queue => 'out'");
+    let claimed = call(&mut sql, "'note', '[2]', queue => 'out', priority => 1");
+    let token: String = sql.query_one("SELECT token FROM ir_async_claim('out')", &[]).unwrap().get(0);
+    let mut hand = cluster.connect_as("rotation_hand", "r_hand");
+    let insert = |hand: &mut Client, table: &str, id: i64, more: (&str, &str)| {
+        let text = format!(
+            "INSERT INTO {table} (id, method, role, queue{}) VALUES ({id}, 'public.note(integer)', 10, 'out'{}) RETURNING id",
+            more.0, more.1
+        );
+        hand.query(&text, &[])
+    };
+    for table in ["ir_async", "ir_async_1", "ir_async_2", "ir_async_3"] {
+        for id in [waiting, claimed] {
+            assert_eq!(common::refusal(insert(&mut hand, table, id, ("", ""))), "23505", "{table}");
+        }
+    }
+    assert_eq!(common::refusal(insert(&mut hand, "ir_async_2", 1001, (", identity_key", ", 'k'"))), "23514");
+    assert_eq!(common::refusal(insert(&mut hand, "ir_async_2", 1002, (", depends_on", ", '{1}'"))), "23514");
+    // A token that was seen in the table is nobody else's.
+    insert(&mut hand, "ir_async_3", 1003, (", state, token", &format!(", 'processing', '{token}'"))).unwrap();
+    let row = sql.query_one("SELECT state::text, token::text, role::regrole::text FROM ir_async WHERE id = 1003", &[]);
+    let row = row.unwrap();
+    assert_eq!((row.get(0), row.get::<_, Option<String>>(1), row.get(2)), ("created", None, "r_hand"));
+    // Who comes first with an id that is given out later has a job of his own, and no hold on the other.
+    let next = number(&mut sql, "(SELECT last_value + 1 FROM ir_async_id_seq)");
+    insert(&mut hand, "ir_async", next, ("", "")).unwrap();
+    assert_eq!(call(&mut sql, "'note', '[3]', queue => 'out'"), next);
+    assert!(hand.query_one("SELECT ir_async_cancel($1)", &[&next]).unwrap().get::<_, bool>(0));
+    let states = "SELECT string_agg(role::regrole || ' ' || state, ', ' ORDER BY state) FROM ir_async WHERE id = $1";
+    let states: String = sql.query_one(states, &[&next]).unwrap().get(0);
+    assert_eq!(states, "r_hand cancelled, postgres created");
+}
