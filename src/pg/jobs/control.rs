@@ -131,22 +131,29 @@ pub fn cancel(id: i64) -> Outcome<bool> {
 /// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
 /// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded.
 pub fn retry(id: i64) -> Outcome<bool> {
-    let known = own(id)?;
-    if matches!(known.state.as_str(), "succeeded" | "done") {
-        return Err(report(
-            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            &format!("job {id} has succeeded"),
-            &format!("Its state is \"{}\".", known.state),
-            "Only a job that failed or was cancelled is brought back.",
-        ));
+    loop {
+        let known = own(id)?;
+        match known.state.as_str() {
+            "failed" | "cancelled" => {}
+            "succeeded" | "done" => {
+                return Err(report(
+                    PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                    &format!("job {id} has succeeded"),
+                    &format!("Its state is \"{}\".", known.state),
+                    "Only a job that failed or was cancelled is brought back.",
+                ));
+            }
+            _ => return Ok(false),
+        }
+        let text = "UPDATE PLACE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
+                           finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
+                           write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+                     WHERE id = $1 AND state IN ('failed', 'cancelled')";
+        if change_and_tell(text, &[known.place.name()], &[id.into()])? > 0 {
+            wake::enqueued();
+            return Ok(true);
+        }
+        // Somebody else has just brought it back, or it has another table.
+        pgrx::check_for_interrupts!();
     }
-    let text = "UPDATE PLACE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
-                       finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
-                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                 WHERE id = $1 AND state IN ('failed', 'cancelled')";
-    let is_back = change_and_tell(text, &[known.place.name()], &[id.into()])? > 0;
-    if is_back {
-        wake::enqueued();
-    }
-    Ok(is_back)
 }
