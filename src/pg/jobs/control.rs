@@ -65,7 +65,8 @@ pub fn complete(id: i64) -> Outcome<bool> {
     }
 }
 
-fn has_rights(role: pg_sys::Oid) -> bool {
+/// Whether the caller has the rights of a role.
+pub(super) fn has_rights(role: pg_sys::Oid) -> bool {
     // SAFETY: catalog look-ups inside a transaction.
     unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) }
 }

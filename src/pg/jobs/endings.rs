@@ -87,7 +87,7 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
 pub fn give_back_others(token: &Token, but: i64) -> Outcome<usize> {
     let text = "UPDATE TABLE j SET state = 'created', attempts = attempts - 1, token = NULL, session = NULL,
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                 WHERE id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
+                 WHERE token = $1 AND id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
                                 FOR UPDATE SKIP LOCKED)";
     let given_back = change_and_tell(text, &[], &[Text(token.clone()).into(), but.into()])?;
     wake::enqueued();
@@ -144,7 +144,7 @@ pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outc
 /// locked is left for the next look: a worker waits for nobody.
 pub fn runner_died(claimed: &Claimed, counts: bool) -> Outcome<()> {
     let text = "UPDATE TABLE SET deaths = deaths + $3::integer, attempts = attempts - 1
-                 WHERE id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
+                 WHERE token = $2 AND id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
                                FOR NO KEY UPDATE SKIP LOCKED) RETURNING deaths";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
     let [id, token] = key();

@@ -2,6 +2,7 @@
 //! session that made it (`pg::sessions`), or with the job's timeout, which each word of progress restarts.
 
 use super::claims::{Locked, lanes, lock_first, room};
+use super::control::has_rights;
 use super::endings::{Failed, fail_at, given_up, succeed_at};
 use super::{Claimed, NOTIFICATION, Place, Token, change_and_tell, new_token, on_named, on_table, stored_channel};
 use crate::core::job::Lane;
@@ -47,8 +48,7 @@ pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: 
 /// The lanes of the queue whose jobs the caller has the rights to.
 fn lanes_of(queue: &str) -> Outcome<Vec<Lane>> {
     let mut lanes = lanes(Some(queue))?;
-    // SAFETY: catalog look-ups inside a transaction.
-    lanes.retain(|lane| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), pg_sys::Oid::from(lane.role)) });
+    lanes.retain(|lane| has_rights(pg_sys::Oid::from(lane.role)));
     Ok(lanes)
 }
 
@@ -183,8 +183,6 @@ fn find(claimed: &Claimed) -> Outcome<Option<Found>> {
 /// Where the job is, if it is the runner's by this token and the caller has the rights of the job's role. Odoo runs the jobs
 /// of all roles: there the token that it was given is enough. Errors: 55000 for a runner that has lost it.
 fn mine(claimed: &Claimed) -> Outcome<Place> {
-    // SAFETY: catalog look-ups inside a transaction.
-    let has_rights = |role| unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) };
     let found = find(claimed)?.filter(|found| found.is_odoos || has_rights(found.role));
     found.map(|found| found.place).ok_or_else(|| given_up(claimed.id))
 }

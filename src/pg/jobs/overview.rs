@@ -55,13 +55,17 @@ pub fn summary() -> Outcome<Jobs> {
 /// there are so many dead rows that some transaction must have kept autovacuum from clearing them: more would gain nothing.
 pub fn prune(seconds: i64) -> Outcome<i64> {
     let relid = table()?.relid;
-    let text =
-        "SELECT pg_catalog.pg_stat_get_dead_tuples($1) > GREATEST($2, pg_catalog.pg_stat_get_live_tuples($1) / 2)";
+    // Where the administrator clears away himself, it is his to say when.
+    let text = "SELECT pg_catalog.current_setting('autovacuum')::boolean AND pg_catalog.pg_stat_get_dead_tuples($1)
+                       > GREATEST($2, pg_catalog.pg_stat_get_live_tuples($1) / 2)";
     let is_behind = safely(|| sql::first(text, &[relid.into(), DEAD.into()], |row| row.need::<bool>(1)))?;
     if is_behind == Some(true) {
         return Ok(0);
     }
-    let text = "DELETE FROM TABLE WHERE id IN (SELECT id FROM TABLE WHERE state IN ('succeeded', 'done', 'cancelled')
+    // Said twice: a row that was put in by hand may have the id of another job.
+    let text = "DELETE FROM TABLE j WHERE state IN ('succeeded', 'done', 'cancelled')
+                   AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
+                   AND id IN (SELECT id FROM TABLE WHERE state IN ('succeeded', 'done', 'cancelled')
                    AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) LIMIT $2)
                 RETURNING id";
     on_table(
