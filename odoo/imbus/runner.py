@@ -215,7 +215,7 @@ def call(env, job, model, ids, method, args, kwargs, user_id, context, su, is_ac
         raise UserError(env._('The user of job %(job)s does not exist, or is not active.', job=job.id))
     threading.current_thread().uid = uid
     env = api.Environment(env.cr, uid, context, bool(su))
-    if hasattr(env, 'transaction'):
+    if hasattr(env.transaction, 'default_env'):  # 19.0
         env.transaction.default_env = env
     if model not in env:
         raise UserError(env._('The model %(model)s of job %(job)s does not exist.', model=model, job=job.id))

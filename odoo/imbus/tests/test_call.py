@@ -88,7 +88,7 @@ class TestCall(JobCase):
     def test_rpc_enqueues_public_methods_only(self):
         user = self.new_user('rpc_user')
         jobs = self.jobs.with_user(user)
-        for method in ('_write', '__init__', '_name_search'):
+        for method in ('_write', '__init__', '_search'):
             with self.assertRaises(AccessError):
                 jobs.rpc('res.partner', method, [self.partner.ids], {})
         with self.assertRaises(AttributeError):
