@@ -161,6 +161,34 @@ fn who_has_failed_or_was_cancelled_is_brought_back() {
 }
 
 #[test]
+fn what_has_ended_is_deleted_after_its_retention_and_what_failed_is_kept() {
+    let mut sql = database(&shared(), "je_retention");
+    let mut ids = [0; 6];
+    for (id, target) in ids.iter_mut().zip(["quick", "quick", "fail", "slow", "slow", "quick"]) {
+        let later = if target == "slow" { ", '[0]', run_at => now() + '1 day'" } else { "" };
+        *id = number(&mut sql, &format!("ir_async_call('{target}'{later})"));
+    }
+    let [done, succeeded, failed, cancelled, waiting, young] = ids;
+    for (id, state) in [(done, "succeeded"), (succeeded, "succeeded"), (young, "succeeded"), (failed, "failed")] {
+        comes_to(&mut sql, id, state);
+    }
+    assert!(is(&mut sql, &format!("ir_async_complete({done})")));
+    assert!(is(&mut sql, &format!("ir_async_cancel({cancelled})")));
+    let old = [done, succeeded, failed, cancelled];
+    sql.execute(
+        "UPDATE ir_async SET finished_at = now() - interval '3 days 1 minute' WHERE id = ANY($1)",
+        &[&&old[..]],
+    )
+    .unwrap();
+    // It is done each minute, and when settings are read again.
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    let left = "(SELECT jsonb_agg(id ORDER BY id) FROM ir_async)";
+    eventually("the old ones are deleted", || value(&mut sql, left) == json!([failed, waiting, young]));
+    assert!(is(&mut sql, &format!("ir_async_retry({failed})")));
+    comes_to(&mut sql, failed, "failed");
+}
+
+#[test]
 fn only_its_own_role_ends_a_job_or_brings_it_back() {
     let cluster = shared();
     let mut sql = database(&cluster, "je_rights");

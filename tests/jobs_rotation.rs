@@ -233,3 +233,55 @@ fn a_row_put_in_by_hand_takes_nobodys_place() {
     let states: String = sql.query_one(states, &[&next]).unwrap().get(0);
     assert_eq!(states, "r_hand cancelled, postgres created");
 }
+
+#[test]
+fn who_has_the_same_id_by_hand_is_not_given_back_dead_or_deleted_in_anothers_stead() {
+    let (cluster, mut sql) = cluster("rotation_twin");
+    sql.batch_execute(
+        "CREATE ROLE r_twin LOGIN; ALTER DATABASE rotation_twin OWNER TO r_twin; CREATE ROLE r_one LOGIN;
+         GRANT EXECUTE ON FUNCTION ir_async_call, ir_async_claim, ir_async_finish TO r_one",
+    )
+    .unwrap();
+    let mut one = cluster.connect_as("rotation_twin", "r_one");
+    let mut hand = cluster.connect_as("rotation_twin", "r_twin");
+    let id = call(&mut sql, "'nothing'") + 1;
+    let text = format!(
+        "INSERT INTO ir_async (id, method, role, queue) VALUES ({id}, 'public.note(integer)', 10, 'out');
+         GRANT EXECUTE ON FUNCTION ir_async_claim, ir_async_finish TO r_twin"
+    );
+    hand.batch_execute(&text).unwrap();
+    assert_eq!(call(&mut one, "'note', '[1]', queue => 'out'"), id);
+    let claim = |cluster: &Cluster, role: &str| {
+        let mut runner = cluster.connect_as("rotation_twin", role);
+        let row = runner.query_one("SELECT id, token FROM ir_async_claim('out')", &[]).unwrap();
+        assert_eq!(row.get::<_, i64>(0), id);
+        (runner, row.get::<_, String>(1))
+    };
+    let is = |sql: &mut Client, role: &str, what: &str| {
+        number(sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {id} AND role = '{role}'::regrole AND {what})"))
+            == 1
+    };
+    let untouched = "state = 'processing' AND deaths = 0 AND attempts = 1 AND token IS NOT NULL";
+    // Both are worked on; one runner is gone, and then the other.
+    let (first, _) = claim(&cluster, "r_one");
+    let (second, token) = claim(&cluster, "r_twin");
+    assert!(is(&mut sql, "r_one", untouched) && is(&mut sql, "r_twin", untouched));
+    drop(first);
+    eventually("one is given back", || is(&mut sql, "r_one", "state = 'created' AND token IS NULL"));
+    assert!(is(&mut sql, "r_twin", untouched));
+    let (first, _) = claim(&cluster, "r_one");
+    drop(second);
+    eventually("the other is", || is(&mut sql, "r_twin", "state = 'created' AND token IS NULL"));
+    assert!(is(&mut sql, "r_one", "state = 'processing'"));
+    // What the one ends with, and how old it is, is not the other's.
+    let (mut second, again) = claim(&cluster, "r_twin");
+    assert_ne!(token, again);
+    second.execute("SELECT ir_async_finish($1, $2, '2')", &[&id, &again]).unwrap();
+    assert!(is(&mut sql, "r_twin", "state = 'succeeded'") && is(&mut sql, "r_one", "state = 'processing'"));
+    sql.execute("UPDATE ir_async SET finished_at = now() - interval '4 days' WHERE state = 'succeeded'", &[]).unwrap();
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    eventually("it is deleted", || !is(&mut sql, "r_twin", "true"));
+    assert!(is(&mut sql, "r_one", "state = 'processing'"));
+    drop(first);
+    eventually("and the other one is still there", || is(&mut sql, "r_one", "state = 'created'"));
+}

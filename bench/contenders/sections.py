@@ -62,7 +62,9 @@ class Enqueue:
                               CREATE TABLE IF NOT EXISTS all_indexes (LIKE ir_async INCLUDING ALL)""")
         columns = [name for (name,) in imbus.rows("""SELECT attname FROM pg_attribute WHERE attrelid = 'ir_async'::regclass
             AND attnum > 0 AND NOT attisdropped AND attname NOT IN ('id', 'create_date', 'write_date', 'run_at') ORDER BY attnum""")]
-        values = imbus.one("SELECT concat_ws(', '," + ",".join(f"quote_nullable({name}::text)" for name in columns) + ") FROM ir_async")
+        args = f"jsonb_build_array(1::int, '{TEXT}')"  # made by the statement, as those of the call are
+        given = lambda name: "$$" + args + "$$" if name == "args" else f"quote_nullable({name}::text)"
+        values = imbus.one(f"SELECT concat_ws(', ', {', '.join(map(given, columns))}) FROM ir_async")
         return f"INSERT INTO %s ({', '.join(columns)}) VALUES ({values}) RETURNING id;"
 
     def run(self, run):

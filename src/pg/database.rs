@@ -259,6 +259,8 @@ impl Database {
             if worker::reload() {
                 // Settings say how many runners there may be, and for which queues.
                 self.slot.jobs.store(true, Ordering::Release);
+                // And how long what is old is kept.
+                self.next_prune = Instant::now();
             }
             self.talk();
             self.mind_the_time();

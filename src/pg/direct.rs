@@ -104,6 +104,9 @@ pub struct Rows {
     result: *mut pg_sys::ResultRelInfo,
     state: *mut pg_sys::EState,
     slot: *mut pg_sys::TupleTableSlot,
+    /// Partial indexes that no row belongs in so far, by their OIDs, with their predicates. Most indexes of a queue are of
+    /// states that a new job does not have: to open each and close it again costs a good part of the row's way.
+    closed: Vec<(pg_sys::Oid, *mut pg_sys::ExprState)>,
 }
 
 /// Whose indexes a table has.
@@ -152,15 +155,15 @@ unsafe fn with_indexes<T>(
         // 0: no statement's range table has it.
         pg_sys::InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
         (*result).ri_TrigDesc = std::ptr::null_mut();
-        pg_sys::ExecOpenIndices(result, false);
-        let done = if !prepare(result, indexes) {
-            None
-        } else {
-            let slot = pg_sys::table_slot_create(relation, std::ptr::null_mut());
-            let done = work(&mut Rows { relation, result, state, slot });
-            pg_sys::ExecDropSingleTupleTableSlot(slot);
-            pg_sys::CommandCounterIncrement();
-            Some(done)
+        let done = match prepare(result, relation, indexes) {
+            None => None,
+            Some(closed) => {
+                let slot = pg_sys::table_slot_create(relation, std::ptr::null_mut());
+                let done = work(&mut Rows { relation, result, state, slot, closed });
+                pg_sys::ExecDropSingleTupleTableSlot(slot);
+                pg_sys::CommandCounterIncrement();
+                Some(done)
+            }
         };
         pg_sys::ExecCloseIndices(result);
         pg_sys::MemoryContextSwitchTo(context);
@@ -169,33 +172,56 @@ unsafe fn with_indexes<T>(
     }
 }
 
-/// Makes the indexes ready. False for one that is checked later, by a trigger, or that calls somebody's functions.
+/// Opens the indexes, in the order of their OIDs as ExecOpenIndices does, but for partial ones that are known: those are
+/// returned. None if one is checked later, by a trigger, or calls somebody's functions.
 ///
-/// SAFETY: indexes are open.
-unsafe fn prepare(result: *const pg_sys::ResultRelInfo, indexes: Indexes) -> bool {
-    // SAFETY: the caller's: as many descriptors as there are indexes.
+/// SAFETY: a result relation without indexes, of an open relation, in the executor's memory.
+unsafe fn prepare(
+    result: *mut pg_sys::ResultRelInfo,
+    relation: pg_sys::Relation,
+    indexes: Indexes,
+) -> Option<Vec<(pg_sys::Oid, *mut pg_sys::ExprState)>> {
+    // SAFETY: the caller's. Places for as many as there are.
     unsafe {
-        let count = usize::try_from((*result).ri_NumIndices).unwrap_or(0);
-        if count == 0 {
-            return true;
+        let oids = ffi::cells(pg_sys::RelationGetIndexList(relation));
+        (*result).ri_IndexRelationDescs = pg_sys::palloc0(size_of::<pg_sys::Relation>() * oids.len()).cast();
+        (*result).ri_IndexRelationInfo = pg_sys::palloc0(size_of::<*mut pg_sys::IndexInfo>() * oids.len()).cast();
+        let mut closed = Vec::with_capacity(oids.len());
+        for cell in oids {
+            let oid = cell.oid_value;
+            match KNOWN.with_borrow(|known| known.get(&u32::from(oid)).copied()) {
+                Some(compiled) if !compiled.predicate.is_null() => closed.push((oid, compiled.predicate)),
+                _ => open(result, oid, indexes).then_some(())?,
+            }
         }
-        let infos = std::slice::from_raw_parts((*result).ri_IndexRelationInfo, count);
-        let relations = std::slice::from_raw_parts((*result).ri_IndexRelationDescs, count);
-        infos.iter().zip(relations).all(|(info, relation)| {
-            let is_simple = (**info).ii_Expressions.is_null() && (**info).ii_Predicate.is_null();
-            if !(*(**relation).rd_index).indimmediate || !is_simple && indexes == Indexes::Anybodys {
-                return false;
-            }
-            if !is_simple {
-                let oid = u32::from((**relation).rd_id);
-                let known = KNOWN.with_borrow(|known| known.get(&oid).copied());
-                let compiled = known.unwrap_or_else(|| compile(*info));
-                KNOWN.with_borrow_mut(|known| known.insert(oid, compiled));
-                (**info).ii_PredicateState = compiled.predicate;
-                (**info).ii_ExpressionsState = compiled.expressions;
-            }
-            true
-        })
+        Some(closed)
+    }
+}
+
+/// Opens one more index and makes it ready; false if it may not be one of this kind.
+///
+/// SAFETY: as in `prepare`, with a place left.
+unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: Indexes) -> bool {
+    // SAFETY: the caller's: ExecOpenIndices for one index. What is open is closed by ExecCloseIndices.
+    unsafe {
+        let relation = pg_sys::index_open(oid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        let info = pg_sys::BuildIndexInfo(relation);
+        let place = usize::try_from((*result).ri_NumIndices).unwrap_or(0);
+        *(*result).ri_IndexRelationDescs.add(place) = relation;
+        *(*result).ri_IndexRelationInfo.add(place) = info;
+        (*result).ri_NumIndices += 1;
+        let is_simple = (*info).ii_Expressions.is_null() && (*info).ii_Predicate.is_null();
+        if !(*(*relation).rd_index).indimmediate || !is_simple && indexes == Indexes::Anybodys {
+            return false;
+        }
+        if !is_simple {
+            let known = KNOWN.with_borrow(|known| known.get(&u32::from(oid)).copied());
+            let compiled = known.unwrap_or_else(|| compile(info));
+            KNOWN.with_borrow_mut(|known| known.insert(u32::from(oid), compiled));
+            (*info).ii_PredicateState = compiled.predicate;
+            (*info).ii_ExpressionsState = compiled.expressions;
+        }
+        true
     }
 }
 
@@ -241,8 +267,15 @@ impl Rows {
                 *null = datum.is_none();
                 *place = datum.unwrap_or(pg_sys::Datum::from(0));
             }
-            pg_sys::MemoryContextSwitchTo(context);
             pg_sys::ExecStoreVirtualTuple(self.slot);
+            let belongs =
+                |closed: &mut (pg_sys::Oid, *mut pg_sys::ExprState)| ffi::holds(closed.1, self.state, self.slot);
+            let due: Vec<_> = self.closed.extract_if(.., belongs).collect();
+            pg_sys::MemoryContextSwitchTo(context);
+            for (oid, _) in due {
+                // It was allowed when it was first met.
+                open(self.result, oid, Indexes::Superusers);
+            }
             pg_sys::ExecSimpleRelationInsert(self.result, self.state, self.slot);
             ffi::clear(self.slot);
             pg_sys::MemoryContextReset(memory);

@@ -87,6 +87,26 @@ pub unsafe fn clear(slot: *mut pg_sys::TupleTableSlot) {
     }
 }
 
+/// Whether a row in a slot fulfils a compiled condition (ExecQual of executor/executor.h).
+///
+/// # Safety
+/// A valid condition, and an executor's state that has a context for each tuple.
+pub unsafe fn holds(
+    condition: *mut pg_sys::ExprState,
+    state: *mut pg_sys::EState,
+    slot: *mut pg_sys::TupleTableSlot,
+) -> bool {
+    // SAFETY: the caller's; a compiled expression has the function that evaluates it.
+    unsafe {
+        let context = (*state).es_per_tuple_exprcontext;
+        (*context).ecxt_scantuple = slot;
+        let mut is_null = false;
+        (*condition)
+            .evalfunc
+            .is_none_or(|evaluate| guarded(|| evaluate(condition, context, &raw mut is_null)).value() != 0)
+    }
+}
+
 /// The cells of a list.
 ///
 /// # Safety

@@ -102,6 +102,25 @@ test('the promise of a job that ends while the bus is away is kept', async () =>
   assert.equal(sql(`SELECT name FROM res_partner WHERE id = ${id}`), 'Written');
 });
 
+test('a job that meets a change made beside it is made again, within its one attempt', async () => {
+  const id = sql("INSERT INTO res_partner (name, active) VALUES ('Changed', true) RETURNING id");
+  // Commits once the job waits for it: Odoo's transaction, which began before, cannot be serialized then.
+  const blocked = 'SELECT FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))';
+  const change = sqlBeside(
+    `UPDATE res_partner SET city = 'Beside' WHERE id = ${id};
+     DO $$ BEGIN WHILE NOT EXISTS (${blocked}) LOOP PERFORM pg_sleep(0.05); END LOOP; END $$`,
+    'odoo_a',
+  );
+  await until('the partner is locked', () => sql(`SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'UPDATE res_partner SET city%' AND state = 'active'`) === '1');
+  const before = readFileSync(process.env.ODOO_LOG, 'utf8').length;
+  const { result } = await asyncRpc(admin, { model: 'res.partner', method: 'write', args: [[Number(id)], { name: 'Written' }] });
+  await change;
+  assert.equal(result, true);
+  assert.equal(sql(`SELECT name || ' ' || city FROM res_partner WHERE id = ${id}`), 'Written Beside');
+  assert.equal(sql(`SELECT attempts || ' ' || deaths || ' ' || errors FROM ir_async WHERE res_ids = '[${id}]'`), '1 0 []');
+  assert.match(readFileSync(process.env.ODOO_LOG, 'utf8').slice(before), /tries left, try again/);
+});
+
 test('the systray shows how far a job is, and cancels it', async () => {
   const id = sql("INSERT INTO res_partner (name, active) VALUES ('Slow', true) RETURNING id");
   const letGo = await locked(id);

@@ -26,12 +26,9 @@ pub fn status(id: i64) -> Outcome<Option<String>> {
 
 fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
     let relid = table()?.relid;
-    // SAFETY: catalog look-ups inside a transaction.
-    unsafe {
-        let user = pg_sys::GetUserId();
-        let read = pg_sys::pg_class_aclcheck(relid, user, pg_sys::ACL_SELECT as pg_sys::AclMode);
-        Ok(worker::is_monitor() || read == pg_sys::AclResult::ACLCHECK_OK || pg_sys::has_privs_of_role(user, role))
-    }
+    // SAFETY: a catalog look-up inside a transaction.
+    let read = unsafe { pg_sys::pg_class_aclcheck(relid, pg_sys::GetUserId(), pg_sys::ACL_SELECT as pg_sys::AclMode) };
+    Ok(worker::is_monitor() || read == pg_sys::AclResult::ACLCHECK_OK || has_rights(role))
 }
 
 /// Turns `succeeded` into `done`, for the job's own role only. True when it did, false when it was done already.
