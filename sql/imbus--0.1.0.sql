@@ -142,21 +142,25 @@ CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (CASE WHEN res
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_finished_index ON @extschema@.ir_async (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_user_index ON @extschema@.ir_async (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
 CREATE INDEX ir_async_1_claim_index ON @extschema@.ir_async_1 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_1_processing_index ON @extschema@.ir_async_1 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_1_finished_index ON @extschema@.ir_async_1 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_1_user_index ON @extschema@.ir_async_1 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
 CREATE INDEX ir_async_2_claim_index ON @extschema@.ir_async_2 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_2_processing_index ON @extschema@.ir_async_2 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_2_finished_index ON @extschema@.ir_async_2 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_2_user_index ON @extschema@.ir_async_2 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
 CREATE INDEX ir_async_3_claim_index ON @extschema@.ir_async_3 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_3_processing_index ON @extschema@.ir_async_3 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_3_finished_index ON @extschema@.ir_async_3 (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX ir_async_3_user_index ON @extschema@.ir_async_3 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
 CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
 CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');

@@ -571,6 +571,49 @@ fn a_job_waits_for_those_it_depends_on() {
 }
 
 #[test]
+fn a_job_never_runs_for_want_of_what_it_depends_on() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_wants");
+    sql.batch_execute("CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1'").unwrap();
+    let missing = sql.query("SELECT ir_async_call('one', depends_on => '{999999}')", &[]);
+    assert_eq!(refusal(missing), "22023");
+    // Cancelled, and older than what is kept.
+    let cancelled = call(&mut sql, "'one', run_at => now() + interval '1 day'");
+    let unneeded = call(&mut sql, "'one', run_at => now() + interval '1 day'");
+    let widow = call(&mut sql, &format!("'one', depends_on => ARRAY[{cancelled}]"));
+    for id in [cancelled, unneeded] {
+        sql.execute("SELECT ir_async_cancel($1)", &[&id]).unwrap();
+        sql.execute("UPDATE ir_async SET finished_at = now() - interval '1 year' WHERE id = $1", &[&id]).unwrap();
+    }
+    // Of a transaction that goes on.
+    let mut other = cluster.connect("j_wants");
+    let mut open = other.transaction().unwrap();
+    let first: i64 = open.query_one("SELECT ir_async_call('one')", &[]).unwrap().get(0);
+    let second = call(&mut sql, &format!("'one', depends_on => ARRAY[{first}]"));
+    // Of one that was rolled back.
+    let mut third = cluster.connect("j_wants");
+    let mut gone = third.transaction().unwrap();
+    let never: i64 = gone.query_one("SELECT ir_async_call('one')", &[]).unwrap().get(0);
+    gone.rollback().unwrap();
+    let free = call(&mut sql, &format!("'one', depends_on => ARRAY[{never}]"));
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    let is_there = format!("SELECT count(*) FROM ir_async WHERE id = {unneeded}");
+    eventually("what nobody depends on is deleted", || number(&mut sql, &is_there) == 0);
+    let next = call(&mut sql, "'one'");
+    ended(&mut sql, next);
+    assert_eq!([state(&mut sql, widow), state(&mut sql, second)], ["created", "created"]);
+    open.commit().unwrap();
+    for id in [first, second, free] {
+        assert_eq!(ended(&mut sql, id)["state"], "succeeded");
+    }
+    let order = format!(
+        "SELECT (SELECT finished_at FROM ir_async WHERE id = {first}) <= (SELECT claimed_at FROM ir_async WHERE id = {second})"
+    );
+    assert!(sql.query_one(&order, &[]).unwrap().get::<_, bool>(0));
+    assert_eq!(state(&mut sql, widow), "created");
+}
+
+#[test]
 fn a_job_waits_for_its_time() {
     let cluster = shared();
     let mut sql = cluster.database("j_time");
@@ -652,6 +695,26 @@ fn three_hundred_jobs_of_four_roles_in_two_databases_each_run_once() {
         assert_eq!(number(sql, good), 150);
         assert_eq!(number(sql, "SELECT count(DISTINCT n) FROM effect"), 150);
     }
+}
+
+#[test]
+fn a_database_full_of_jobs_keeps_no_other_from_its_turn() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let (mut busy, mut other) = (cluster.database("j_busy"), cluster.database("j_other"));
+    for sql in [&mut busy, &mut other] {
+        sql.batch_execute("CREATE FUNCTION nap() RETURNS void LANGUAGE sql AS 'SELECT pg_sleep(0.02)'").unwrap();
+    }
+    busy.batch_execute("SELECT ir_async_call('nap') FROM generate_series(1, 3000)").unwrap();
+    let waiting = "SELECT count(*) FROM ir_async WHERE state = 'created'";
+    eventually("the runner is at it", || number(&mut busy, waiting) < 2990);
+    let id = call(&mut other, "'nap'");
+    ended(&mut other, id);
+    assert!(number(&mut busy, waiting) > 100, "it did not have to wait for all of them");
+    eventually("the runner is back", || {
+        let before = number(&mut busy, waiting);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        number(&mut busy, waiting) < before
+    });
 }
 
 #[test]

@@ -158,6 +158,27 @@ fn two_runners_whose_jobs_lock_each_others_rows_fail_none() {
 }
 
 #[test]
+fn what_a_job_has_locked_for_its_transaction_stays_locked_until_its_effect_is_there() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_locks");
+    sql.batch_execute(
+        "CREATE TABLE numbered (n int);
+         CREATE FUNCTION number_next() RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             PERFORM pg_advisory_xact_lock(7);
+             INSERT INTO numbered SELECT COALESCE(max(n), 0) + 1 FROM numbered;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'number_next' AS target, '[]'::jsonb AS args FROM generate_series(1, 2000)");
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (2000, 0));
+    assert_eq!(number(&mut sql, "SELECT max(n) FROM numbered"), 2000);
+    assert_eq!(number(&mut sql, "SELECT count(DISTINCT n) FROM numbered"), 2000);
+    assert!(in_company(&mut sql) > 0);
+}
+
+#[test]
 fn a_long_job_among_short_ones_keeps_their_results_back_for_a_moment_only() {
     let cluster = shared();
     let mut sql = cluster.database("jc_long");

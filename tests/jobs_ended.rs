@@ -158,6 +158,18 @@ fn who_has_failed_or_was_cancelled_is_brought_back() {
     assert!(is(&mut sql, &format!("ir_async_cancel({id})")));
     assert!(is(&mut sql, &format!("ir_async_retry({id})")));
     comes_to(&mut sql, id, "succeeded");
+    // Not beside another one with its identity_key.
+    let later = "ir_async_call('quick', identity_key => 'one', run_at => now() + '1 day')";
+    let first = number(&mut sql, later);
+    assert!(is(&mut sql, &format!("ir_async_cancel({first})")));
+    let second = number(&mut sql, later);
+    assert_ne!(first, second);
+    let error = sql.query("SELECT ir_async_retry($1)", &[&first]).unwrap_err();
+    let error = error.as_db_error().unwrap();
+    assert_eq!(error.code().code(), "23505");
+    assert_eq!(error.detail(), Some(&*format!("Job {second} has the same identity_key, and has not ended.")));
+    assert!(is(&mut sql, &format!("ir_async_cancel({second})")));
+    assert!(is(&mut sql, &format!("ir_async_retry({first})")));
 }
 
 #[test]

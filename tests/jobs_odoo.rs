@@ -65,7 +65,7 @@ fn an_odoo_that_is_down_costs_no_attempt_and_no_death() {
     let id = enqueue(&mut sql, "write", "");
     eventually("it says so", || cluster.log().contains("could not have Odoo run jobs"));
     let found = status(&mut sql, id);
-    assert_eq!((&found["attempts"], &found["deaths"]), (&json!(0), &json!(0)));
+    assert_eq!((&found["attempts"], &found["deaths"], &found["errors"]), (&json!(0), &json!(0), &json!([])));
     odoo.come_back();
     odoo.connect(cluster.connect("jo_down"));
     comes_to(&mut sql, id, "succeeded");
@@ -75,7 +75,7 @@ fn an_odoo_that_is_down_costs_no_attempt_and_no_death() {
     eventually("it was asked", || odoo.count("absent") >= 2);
     assert_eq!(status(&mut sql, id)["deaths"], json!(0));
     odoo.does("absent", Does::Finish);
-    comes_to(&mut sql, id, "succeeded");
+    assert_eq!(comes_to(&mut sql, id, "succeeded")["errors"], json!([]), "it failed in nothing");
 }
 
 #[test]

@@ -266,6 +266,64 @@ fn a_queue_processes_no_more_than_its_limit_and_takes_a_new_one() {
 }
 
 #[test]
+fn what_anybody_can_lock_keeps_nobody_from_claiming() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_locks");
+    sql.batch_execute("CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1'; CREATE ROLE jx_rogue LOGIN")
+        .unwrap();
+    let mut rogue = cluster.connect_as("jx_locks", "jx_rogue");
+    // Every advisory lock that is held while somebody counts.
+    rogue.batch_execute("SELECT pg_advisory_lock(1768780402, 1)").unwrap();
+    let mut runner = cluster.connect("jx_locks");
+    let mut claiming = runner.transaction().unwrap();
+    claiming.query("SELECT * FROM ir_async_claim('pair')", &[]).unwrap();
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')"), 1, "the rogue's");
+    claiming.commit().unwrap();
+    let id = number(&mut sql, "ir_async_call('one', queue => 'pair')");
+    comes_to(&mut sql, id, "succeeded");
+}
+
+#[test]
+fn jobs_that_all_have_priorities_of_their_own_are_claimed_in_their_order() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_lanes");
+    let text = "SELECT count(ir_async_call('work', queue => 'out', priority => (n * 7919) % 3000,
+                                           run_at => CASE WHEN n % 3 = 0 THEN now() + interval '1 day' END))
+                  FROM generate_series(1, 3000) n";
+    assert_eq!(sql.query_one(text, &[]).unwrap().get::<_, i64>(0), 3000);
+    let mut runner = cluster.connect("jx_lanes");
+    let mut seen: Vec<i64> = Vec::new();
+    loop {
+        let claimed = claim(&mut runner, "out", 90);
+        if claimed.is_empty() {
+            break;
+        }
+        seen.extend(claimed.iter().map(|(id, _)| id));
+    }
+    assert_eq!(seen.len(), 2000, "all that are due");
+    let order =
+        "SELECT priority FROM unnest($1::bigint[]) WITH ORDINALITY u (id, n) JOIN ir_async USING (id) ORDER BY n";
+    let priorities: Vec<i32> = sql.query(order, &[&seen]).unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(priorities.is_sorted(), "{priorities:?}");
+}
+
+#[test]
+fn while_a_job_is_worked_on_outside_no_transaction_is_open() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_idle");
+    let id = enqueue(&mut sql, "");
+    let mut runner = cluster.connect("jx_idle");
+    let (claimed, token) = claim(&mut runner, "out", 1).remove(0);
+    assert_eq!((claimed, status(&mut sql, id)["state"].as_str()), (id, Some("processing")));
+    // But for what looks on for a moment.
+    let open = "(SELECT count(*) FROM pg_stat_activity WHERE datname = 'jx_idle' AND pid <> pg_backend_pid()
+                    AND (xact_start IS NOT NULL OR backend_xmin IS NOT NULL OR backend_xid IS NOT NULL))";
+    eventually("nobody has one", || number(&mut sql, open) == 0);
+    runner.execute("SELECT ir_async_finish($1, $2)", &[&id, &token]).unwrap();
+    assert_eq!(status(&mut sql, id)["state"], "done");
+}
+
+#[test]
 fn a_job_on_a_model_keeps_its_records_and_waits_for_odoo() {
     let cluster = shared();
     let mut sql = cluster.database("jx_model");

@@ -15,6 +15,9 @@
         'web.assets_backend': [
             'imbus/static/src/**/*',
         ],
+        'web.assets_tests': [
+            'imbus/static/tests/tours/**/*',
+        ],
     },
     'pre_init_hook': 'pre_init_hook',
     'installable': True,

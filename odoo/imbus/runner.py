@@ -9,12 +9,14 @@ import json
 import logging
 import threading
 import traceback
+from collections.abc import Mapping
 from contextvars import ContextVar
 
 import psycopg2
 from psycopg2 import errors
 
 from odoo import api, fields, http, sql_db
+from odoo.addons.web.controllers.utils import clean_action
 from odoo.exceptions import RedirectWarning, UserError
 from odoo.models import BaseModel
 from odoo.modules.registry import Registry
@@ -26,6 +28,10 @@ try:
     from odoo.service.model import call_kw
 except ImportError:  # 18.0
     from odoo.api import call_kw
+try:
+    from odoo.tools import json_default
+except ImportError:  # the first 18.0
+    from odoo.tools.date_utils import json_default
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +82,7 @@ def trace_for_child(dbname):
 
 
 def dumps(value):
-    """JSON of a result or an argument. Dates become text as in Odoo's RPC. Raises TypeError or ValueError for the rest."""
+    """JSON of a result. Dates become text as in Odoo's RPC, and domains lists. Raises TypeError or ValueError for the rest."""
     def default(thing):
         if isinstance(thing, lazy):
             return thing._value
@@ -86,10 +92,28 @@ def dumps(value):
             return fields.Date.to_string(thing)
         if isinstance(thing, BaseModel):
             raise TypeError(f'the recordset {thing} is not JSON: pass its ids')
-        with contextlib.suppress(TypeError, ValueError):
+        if isinstance(thing, Mapping):
             return dict(thing)
+        if isinstance(thing, getattr(fields, 'Domain', ())):  # 19.0
+            return list(thing)
         raise TypeError(f'a {type(thing).__name__} is not JSON')
     return json.dumps(value, default=default, allow_nan=False)
+
+
+def dumps_argument(value):
+    """JSON of an argument: it is the same when the method gets it, but for dates and tuples. Raises as :func:`dumps`."""
+    def check(thing):
+        if isinstance(thing, Mapping):
+            for key, inner in thing.items():
+                if not isinstance(key, str):
+                    raise TypeError(f'the key {key!r} is not JSON: only text is')
+                check(inner)
+        elif isinstance(thing, (list, tuple)):
+            for inner in thing:
+                check(inner)
+
+    check(value)
+    return dumps(value)
 
 
 def is_served(dbname):
@@ -195,7 +219,7 @@ def work(cr, job):
         if row is None:
             raise JobLost()
         *asked, job.following = row
-        result = dumps(call(env, job, *asked))
+        result = call(env, job, *asked)
         env.flush_all()
         env.cr.execute("SELECT ir_async_finish(%s, %s, %s::jsonb)", (job.id, job.token, result))
         return 'done' if result == 'null' else 'succeeded'
@@ -204,7 +228,7 @@ def work(cr, job):
 
 
 def call(env, job, model, ids, method, args, kwargs, user_id, context, su, is_active):
-    """The method's result."""
+    """The method's result as JSON: as an RPC's where a page has asked, and an action as one that a button returns."""
     context = dict(context or {})
     job.label = f'{model}.{method}'
     job.trace = context.pop(TRACE, None) or []
@@ -222,8 +246,13 @@ def call(env, job, model, ids, method, args, kwargs, user_id, context, su, is_ac
     if is_rpc:
         get_public_method(env[model], method)
         args = args if ids is None else [ids, *args]
-        return call_kw(env[model], method, args, {**kwargs, 'context': context})
-    return getattr(env[model].browse(ids or []), method)(*args, **kwargs)
+        result = call_kw(env[model], method, args, {**kwargs, 'context': context})
+    else:
+        result = getattr(env[model].browse(ids or []), method)(*args, **kwargs)
+    kind = result.get('type') if isinstance(result, dict) else None
+    if isinstance(kind, str) and kind.startswith('ir.actions.') and kind in env:
+        result = clean_action(result, env)
+    return json.dumps(result, default=json_default, allow_nan=False) if is_rpc else dumps(result)
 
 
 def fail(registry, job, error):

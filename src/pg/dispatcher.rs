@@ -89,6 +89,7 @@ impl Dispatcher {
             self.next_rescue = Instant::now() + LOOKOUT;
             self.rescue();
         }
+        self.look_by(self.next_rescue);
         if self.mine().filter(|(_, slot)| slot.cancel_again()).count() > 0 {
             self.look_by(Instant::now() + NO_PLACE);
         }
@@ -397,7 +398,10 @@ fn settle(claimed: &Claimed, message: &str, counts: bool) {
 
 /// Gives a job back whose runner is gone; `counts` where that may be the job's fault.
 pub fn give_back(claimed: &Claimed, counts: bool) {
-    if let Err(failure) = transaction::run(|| jobs::runner_died(claimed, counts)) {
+    if let Err(failure) = transaction::run(|| match counts {
+        true => jobs::runner_died(claimed),
+        false => jobs::give_back_one(claimed),
+    }) {
         pgrx::warning!("imbus could not give back job {}: {failure}", claimed.id);
     }
 }

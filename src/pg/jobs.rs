@@ -15,7 +15,9 @@ pub use claims::{
     processing, read, release, take,
 };
 pub use control::{cancel, complete, retry, status};
-pub use endings::{Failed, cancelled, fail, give_back_others, given_up, runner_died, succeed, succeed_all};
+pub use endings::{
+    Failed, cancelled, fail, give_back_one, give_back_others, given_up, runner_died, succeed, succeed_all,
+};
 pub use enqueue::{Model, New, enqueue, enqueue_all};
 pub use outside::{begin, claim_outside, fail_outside, finish_outside, progress};
 pub use overview::{prune, summary};

@@ -312,7 +312,7 @@ fn record(claimed: &Claimed, ended: &Ended) {
     let recorded = transaction::run(|| match ended {
         Ended::Failed(failure) => jobs::fail(claimed, &Failed::from(failure)).map(drop),
         Ended::Cancelled => jobs::cancelled(claimed),
-        Ended::Interrupted => jobs::runner_died(claimed, false),
+        Ended::Interrupted => jobs::give_back_one(claimed),
     });
     if let Err(failure) = recorded {
         pgrx::warning!("imbus could not record the failure of job {}: {failure}", claimed.id);

@@ -53,7 +53,8 @@ pub fn clear() {
     unsafe {
         pg_sys::DropAllPreparedStatements();
         ffi::guarded(|| ffi::PortalHashTableDeleteAll());
-        pg_sys::LockReleaseAll(USER_LOCKS, true);
+        // Not those of the transaction: what was done under them is not committed yet.
+        pg_sys::LockReleaseSession(USER_LOCKS);
         ffi::guarded(|| ffi::ResetSequenceCaches());
     }
 }

@@ -120,7 +120,7 @@ class IrAsync(models.Model):
 
     @private
     def call_notify(self, description, method, *args, **kwargs):
-        """Enqueues a call, with a notification to the current user at each state.
+        """Enqueues a call, with a notification to its user at each state: the one that the method's records are bound to.
 
         :param str description: what the systray shows; the job is not listed there without
         :param method: a method bound to a recordset
@@ -129,15 +129,10 @@ class IrAsync(models.Model):
         :return: the job
         :raises: as :meth:`call`
         """
-        return self._enqueue(method, args, kwargs, {}, description or None, self._notify_channel())
+        return self._enqueue(method, args, kwargs, {}, description or None, is_told=True)
 
     @api.model
-    def _notify_channel(self):
-        # Where res.users sends its notifications.
-        return ['res.partner', self.env.user.partner_id.id]
-
-    @api.model
-    def _enqueue(self, target, args, kwargs, options, description=None, notify=None):
+    def _enqueue(self, target, args, kwargs, options, description=None, is_told=False):
         records = getattr(target, '__self__', None)
         if not inspect.ismethod(target) or not isinstance(records, models.BaseModel):
             raise TypeError(f'{target!r} is no method of a recordset')
@@ -151,7 +146,7 @@ class IrAsync(models.Model):
             'res_ids': list(records._ids), 'user_id': records.env.uid, 'su': records.env.su,
             'context': dict(records.env.context),
         }
-        return self._insert(call, options, description, notify)
+        return self._insert(call, options, description, records.env.user if is_told else None)
 
     @api.model
     def _call_rpc(self, model, method, args, kwargs, description=None):
@@ -181,10 +176,10 @@ class IrAsync(models.Model):
             'target': method, 'args': args, 'kwargs': kwargs, 'model': model, 'res_ids': ids, 'user_id': self.env.uid,
             'su': False, 'context': {**context, runner.RPC: True},
         }
-        return self._insert(call, {}, description or None, self._notify_channel()).id
+        return self._insert(call, {}, description or None, self.env.user).id
 
     @api.model
-    def _insert(self, call, options, description, notify):
+    def _insert(self, call, options, description, user):
         unknown = set(options) - set(OPTIONS)
         if unknown:
             raise TypeError(f'a job has no option {", ".join(sorted(unknown))}')
@@ -199,11 +194,12 @@ class IrAsync(models.Model):
         }
         for part in ('args', 'kwargs', 'context'):
             try:
-                values[part] = 'jsonb', runner.dumps(call[part])
+                values[part] = 'jsonb', runner.dumps_argument(call[part])
             except (TypeError, ValueError) as error:
                 raise type(error)(f'{part} of a job on {call["model"]}.{call["target"]}: {error}') from error
-        if notify:
-            values['notify'] = 'jsonb', runner.dumps(notify)
+        if user:
+            # Where res.users sends its notifications.
+            values['notify'] = 'jsonb', json.dumps(['res.partner', user.sudo().partner_id.id])
         for option, value in options.items():
             if value is not None:
                 values[option] = OPTIONS[option], self._option(option, value)

@@ -37,8 +37,11 @@ class TestCall(JobCase):
                 self.jobs.call(target)
         with self.assertRaises(TypeError):
             self.jobs.call(self.partner.write, [self.partner])
-        with self.assertRaises(TypeError):
-            self.jobs.call(self.partner.write, kwargs={'vals': object()})
+        for no_json in (object(), {'en_US', 'fr_FR'}, set(), b'bytes', {1: 'a key that is no text'}, [{'deep': {2: 3}}], iter([])):
+            with self.assertRaises(TypeError):
+                self.jobs.call(self.partner.write, kwargs={'vals': no_json})
+            with self.assertRaises(TypeError):
+                self.jobs.call(self.partner.with_context(thing=no_json).write, [{}])
         with self.assertRaises(TypeError):
             self.jobs.call(self.partner.with_context(thing=object()).write, [{}])
         with self.assertRaises(ValueError):
@@ -54,6 +57,11 @@ class TestCall(JobCase):
         told = {payload['id']: payload for payload in self.notifications()}
         self.assertEqual(told[job.id], {'id': job.id, 'name': 'Reading', 'state': 'created', 'payload': None})
         self.assertIsNone(told[hidden.id]['name'])
+        # Whose job it is hears of it.
+        other = self.new_user('told_user')
+        theirs = self.jobs.call_notify('Theirs', self.partner.with_user(other).read, ['name'])
+        self.assertEqual(theirs.user_id, other)
+        self.assertIn(f'"res.partner",{other.partner_id.id}]', self.row(theirs.id)['notify'].replace(' ', ''))
         self.assertIn(f'"res.partner",{self.env.user.partner_id.id}]', self.row(job.id)['notify'].replace(' ', ''))
 
     def test_others_see_and_touch_nothing(self):

@@ -1,5 +1,6 @@
 from unittest.mock import patch
 
+from odoo import fields
 from odoo.exceptions import UserError, ValidationError
 from odoo.tests import HttpCase, tagged
 
@@ -48,6 +49,22 @@ class TestRun(JobCase, HttpCase):
         self.assertEqual((job.state, job.payload, self.partner.name), ('succeeded', {'result': {'number': 7}}, 'seven 7'))
         self.assertTrue(job.with_user(user).complete())
         self.assertEqual(job.state, 'done')
+
+    def test_an_action_is_one_that_a_page_can_open(self):
+        action = {'type': 'ir.actions.act_window', 'res_model': 'res.partner', 'view_mode': 'list,form', 'name': 'Partners'}
+        job = self.jobs.call(self.method(lambda records: action), queue='test')
+        self.run_next()
+        found = job.payload['result']
+        self.assertEqual((found['views'], found['name']), ([[False, 'list'], [False, 'form']], 'Partners'))
+
+    def test_what_a_page_asks_for_comes_as_an_rpc_brings_it(self):
+        attachment = self.env['ir.attachment'].create({'name': 'a file', 'datas': b'aW1idXM=', 'public': True})
+        kwargs = {'context': dict(self.env.context)}
+        call = ['ir.attachment', 'read', [attachment.ids, ['datas', 'create_date']], kwargs]
+        job = self.jobs.browse(self.jobs.rpc(*call))
+        self.run_next('default')
+        [found] = job.payload['result']
+        self.assertEqual((found['datas'], found['create_date']), ('aW1idXM=', fields.Datetime.to_string(attachment.create_date)))
 
     def test_no_result_is_done(self):
         self.jobs.call(self.method(lambda records: None), queue='test')

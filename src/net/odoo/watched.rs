@@ -50,7 +50,10 @@ impl Connection {
     fn new(stream: TcpStream, details: &ConnectionDetails) -> io::Result<Connection> {
         let (idle, interval, times) = ALIVE;
         let alive = TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(times);
-        SockRef::from(&stream).set_tcp_keepalive(&alive)?;
+        let socket = SockRef::from(&stream);
+        socket.set_tcp_keepalive(&alive)?;
+        // While something sent is not acknowledged, no such question is asked.
+        socket.set_tcp_user_timeout(Some(idle + interval * times))?;
         stream.set_nodelay(true)?;
         let (input, output) = (details.config.input_buffer_size(), details.config.output_buffer_size());
         Ok(Connection { stream, buffers: LazyBuffers::new(input, output) })

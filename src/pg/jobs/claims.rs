@@ -2,13 +2,13 @@
 //! and priority, in the order of their times; the index of waiting jobs begins with these, so that a look at the heads of
 //! all lanes, and a claim from one of them, cost the same however many jobs wait in them or beside them.
 
-use super::{Claimed, Place, Token, on_named, on_table, rows_changed};
+use super::{Claimed, Place, Token, on_named, on_table, rows_changed, table};
 use crate::core::job::{self, Lane};
 use crate::core::queues::Limits;
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal};
-use crate::pg::transaction::{in_passing, safely};
-use crate::pg::{guc, sql, worker};
+use crate::pg::transaction::in_passing;
+use crate::pg::{ffi, guc, sql, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use std::collections::HashMap;
@@ -16,29 +16,40 @@ use std::collections::HashMap;
 /// Blocked jobs looked at in one go, for those whose dependencies have ended.
 const BLOCKED: i64 = 1_000;
 
+/// Of the table, what is locked by who counts. No statement locks that: whoever could, could keep everybody from claiming.
+const COUNTING: u16 = 1;
+
 /// For functions and runners outside, or for Odoo: as the index has it. A number, since of a condition that is false the planner
 /// makes another that no index knows.
 const KIND: &str = "(CASE WHEN c.res_model IS NULL THEN 0 ELSE 1 END)";
 
-/// The heads of all lanes, jumped to along the index; $1 is a queue, or NULL for all. Times in seconds from now.
+/// Lanes of a role in a queue in which jobs are due: those after them are not looked at, since they come later anyway. Where
+/// each job has a priority of its own, a look at all would be one at all jobs.
+const DUE_LANES: i32 = 256;
+
+/// The heads of all lanes, jumped to along the index; $1 is a queue, or NULL for all; $2 is `DUE_LANES`. Times in seconds from
+/// now.
 const LANES: &str = "
     WITH RECURSIVE lane AS (
-      (SELECT c.queue, KIND AS odoo, c.role, c.priority, c.run_at FROM TABLE c
+      (SELECT c.queue, KIND AS odoo, c.role, c.priority, c.run_at, (c.run_at <= pg_catalog.clock_timestamp())::integer AS due FROM TABLE c
         WHERE c.state = 'created' AND c.ready
           AND (c.queue, KIND, c.role, c.priority) >= (COALESCE($1, ''), 0, '0'::oid, -2147483648)
         ORDER BY c.queue, KIND, c.role, c.priority, c.run_at LIMIT 1)
       UNION ALL
-      SELECT n.* FROM lane l CROSS JOIN LATERAL (
+      SELECT n.*, (n.run_at <= pg_catalog.clock_timestamp())::integer
+                  + CASE WHEN (n.queue, n.odoo, n.role) = (l.queue, l.odoo, l.role) THEN l.due ELSE 0 END
+        FROM lane l CROSS JOIN LATERAL (
         SELECT c.queue, KIND AS odoo, c.role, c.priority, c.run_at FROM TABLE c
          WHERE c.state = 'created' AND c.ready
-           AND (c.queue, KIND, c.role, c.priority) > (l.queue, l.odoo, l.role, l.priority)
+           AND (c.queue, KIND, c.role, c.priority) > (l.queue, l.odoo, l.role, CASE WHEN l.due < $2 THEN l.priority ELSE 2147483647 END)
          ORDER BY c.queue, KIND, c.role, c.priority, c.run_at LIMIT 1) n
        WHERE $1 IS NULL OR l.queue = $1)
     SELECT queue::text, odoo = 1, role, priority, run_at,
            EXTRACT(epoch FROM GREATEST(LEAST(run_at, '2200-01-01'), '1970-01-01') - pg_catalog.clock_timestamp())::float8
       FROM lane WHERE $1 IS NULL OR queue = $1";
 
-/// All lanes in which jobs wait (of one queue, or of all), those that come first at the front.
+/// The lanes in which jobs wait (of one queue, or of all), those that come first at the front. Of a role in a queue no more
+/// than `DUE_LANES` in which jobs are due.
 pub fn lanes(queue: Option<&str>) -> Outcome<Vec<Lane>> {
     let read = |row: &sql::Row| {
         Ok(Lane {
@@ -52,7 +63,7 @@ pub fn lanes(queue: Option<&str>) -> Outcome<Vec<Lane>> {
     };
     let queue = queue.map(|queue| Text(queue.to_owned()));
     let text = LANES.replace("KIND", KIND);
-    let mut lanes = on_table(&text, &[queue.into()], read)?;
+    let mut lanes = on_table(&text, &[queue.into(), DUE_LANES.into()], read)?;
     job::sort(&mut lanes);
     Ok(lanes)
 }
@@ -89,15 +100,13 @@ impl Room {
 
 /// Counting and claiming are one where queues have limits. False when another transaction is at it.
 pub fn lock_limits() -> Outcome<bool> {
-    let text = "SELECT pg_catalog.pg_try_advisory_xact_lock(1768780402, 1)";
-    Ok(guc::queues().is_empty() || safely(|| sql::first(text, &[], |row| row.need::<bool>(1)))?.unwrap_or(false))
+    Ok(guc::queues().is_empty() || ffi::lock_object(table()?.relid, COUNTING, false))
 }
 
 /// How many more jobs of the queue may be processed, at most `wanted`; the limits are locked.
 pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
     let Some(limit) = guc::queues().of(queue).filter(|limit| *limit > 0) else { return Ok(wanted) };
-    let text = "SELECT pg_catalog.pg_advisory_xact_lock(1768780402, 1)";
-    safely(|| sql::execute(text, &[]))?;
+    ffi::lock_object(table()?.relid, COUNTING, true);
     let text = "SELECT pg_catalog.count(*) FROM TABLE WHERE state = 'processing' AND queue = $1";
     let taken = on_table(text, &[Text(queue.to_owned()).into()], |row| row.need::<i64>(1))?.into_iter().next();
     Ok(i64::try_from(limit).unwrap_or(i64::MAX).saturating_sub(taken.unwrap_or(0)).clamp(0, wanted))
@@ -274,11 +283,16 @@ pub struct Blocked {
 }
 
 /// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. They are in the table itself.
-/// Looks at some, those with ids above `after`.
+/// Looks at some, those with ids above `after`. One that is not there has ended well and was deleted, unless its transaction
+/// goes on still: that began before the blocked job was there.
 pub fn release(after: i64) -> Outcome<Blocked> {
-    let text = "SELECT b.id, NOT EXISTS (SELECT FROM pg_catalog.unnest(b.depends_on) d (id) JOIN TABLE p ON p.id = d.id
-                                          WHERE p.state NOT IN ('succeeded', 'done'))
-                  FROM (SELECT c.id, c.depends_on FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
+    let text = "SELECT b.id, NOT EXISTS (
+                         SELECT FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id
+                          WHERE CASE WHEN p.id IS NULL THEN NOT b.is_old ELSE p.state NOT IN ('succeeded', 'done') END)
+                  FROM (SELECT c.id, c.depends_on,
+                               pg_catalog.age(c.xmin) > pg_catalog.age(pg_catalog.xid(pg_catalog.pg_snapshot_xmin(
+                                                            pg_catalog.pg_current_snapshot()))) AS is_old
+                          FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
                          ORDER BY c.id LIMIT $2) b ORDER BY b.id";
     let read = |row: &sql::Row| Ok((row.need::<i64>(1)?, row.need::<bool>(2)?));
     let seen = on_table(text, &[after.into(), BLOCKED.into()], read)?;

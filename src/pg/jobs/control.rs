@@ -1,6 +1,6 @@
 //! What the role that enqueued a job may do with it.
 
-use super::{Place, Token, change_and_tell, on_table, table};
+use super::{Place, Token, change_and_tell, on_named, on_table, table};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
 use crate::pg::{shared, sql, wake, worker};
@@ -127,7 +127,8 @@ pub fn cancel(id: i64) -> Outcome<bool> {
 }
 
 /// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
-/// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded.
+/// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded, 23505 while another one with its identity_key is
+/// unfinished.
 pub fn retry(id: i64) -> Outcome<bool> {
     loop {
         let known = own(id)?;
@@ -142,6 +143,17 @@ pub fn retry(id: i64) -> Outcome<bool> {
                 ));
             }
             _ => return Ok(false),
+        }
+        let text = "SELECT t.id FROM PLACE j JOIN ONLY TABLE t ON t.identity_key = j.identity_key
+                     WHERE j.id = $1 AND t.state IN ('created', 'processing')";
+        let twins = on_named(text, &[known.place.name()], &[id.into()], |row| row.need::<i64>(1))?;
+        if let Some(twin) = twins.first() {
+            return Err(report(
+                PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+                &format!("job {id} cannot be brought back now"),
+                &format!("Job {twin} has the same identity_key, and has not ended."),
+                "Wait for that one, or cancel it.",
+            ));
         }
         let text = "UPDATE PLACE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
                            finished_at = NULL, run_at = pg_catalog.clock_timestamp(),

@@ -85,11 +85,24 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
 /// Gives back what was claimed under a token, but for one job: none of these was begun, or what was done of them is undone.
 /// Whatever Odoo has begun it has locked (`begin`), and keeps.
 pub fn give_back_others(token: &Token, but: i64) -> Outcome<usize> {
-    let text = "UPDATE TABLE j SET state = 'created', attempts = attempts - 1, token = NULL, session = NULL,
-                       write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                 WHERE token = $1 AND id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id <> $2
-                                FOR UPDATE SKIP LOCKED)";
-    let given_back = change_and_tell(text, &[], &[Text(token.clone()).into(), but.into()])?;
+    give_back(token, "<> $2 FOR UPDATE", but)
+}
+
+/// Gives back a claimed job that nobody has begun, or that was stopped for another's sake: that is no attempt. One whose row
+/// somebody has locked is left for the next look.
+pub fn give_back_one(claimed: &Claimed) -> Outcome<()> {
+    give_back(&claimed.token, "= $2 FOR NO KEY UPDATE", claimed.id)?;
+    Ok(())
+}
+
+/// Gives back the jobs of a token whose ids, and whose locks, are these.
+fn give_back(token: &Token, which: &str, id: i64) -> Outcome<usize> {
+    let text = format!(
+        "UPDATE TABLE j SET state = 'created', attempts = attempts - 1, token = NULL, session = NULL,
+                            write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
+          WHERE token = $1 AND id IN (SELECT id FROM TABLE WHERE token = $1 AND state = 'processing' AND id {which} SKIP LOCKED)"
+    );
+    let given_back = change_and_tell(&text, &[], &[Text(token.clone()).into(), id.into()])?;
     wake::enqueued();
     Ok(given_back)
 }
@@ -142,13 +155,13 @@ pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outc
 
 /// Records the death of a runner in a job: at once `created` again, or failed after the fifth. One whose row somebody has
 /// locked is left for the next look: a worker waits for nobody.
-pub fn runner_died(claimed: &Claimed, counts: bool) -> Outcome<()> {
-    let text = "UPDATE TABLE SET deaths = deaths + $3::integer, attempts = attempts - 1
+pub fn runner_died(claimed: &Claimed) -> Outcome<()> {
+    let text = "UPDATE TABLE SET deaths = deaths + 1, attempts = attempts - 1
                  WHERE token = $2 AND id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
                                FOR NO KEY UPDATE SKIP LOCKED) RETURNING deaths";
     let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
     let [id, token] = key();
-    let deaths = on_table(text, &[id, token, i32::from(counts).into()], |row| row.need::<i32>(1))?;
+    let deaths = on_table(text, &[id, token], |row| row.need::<i32>(1))?;
     let Some(deaths) = deaths.into_iter().next() else { return Ok(()) };
     let message = format!("the runner died {deaths} times in this job");
     let payload = job::error_payload("runner_died", &message, None, None);

@@ -122,9 +122,13 @@ pub fn enqueue(new: &New) -> Outcome<i64> {
     Ok(enqueue_all(std::slice::from_ref(new))?.first().copied().unwrap_or(0))
 }
 
-/// The same for several, in order.
+/// The same for several, in order. Errors: 22023 for a dependency that never was a job.
 pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
     let table = table()?;
+    let dependencies: Vec<i64> = jobs.iter().filter_map(|new| new.depends_on.as_ref()).flatten().copied().collect();
+    if !dependencies.is_empty() {
+        check_dependencies(&table, dependencies)?;
+    }
     let mut ids = Vec::with_capacity(jobs.len());
     let alike = |one: &New, other: &New| {
         one.identity_key.is_none() && other.identity_key.is_none() && one.is_ready() == other.is_ready()
@@ -152,6 +156,18 @@ pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
         ids.extend(created);
     }
     Ok(ids)
+}
+
+/// Refuses dependencies on ids that have not been given out yet: a job would wait for nothing, or for somebody else's.
+fn check_dependencies(table: &Table, ids: Vec<i64>) -> Outcome<()> {
+    let text = "SELECT d.id FROM pg_catalog.unnest($1) d (id)
+                 WHERE d.id > COALESCE(pg_catalog.pg_sequence_last_value($2), 0)
+                   AND NOT EXISTS (SELECT FROM TABLE j WHERE j.id = d.id) LIMIT 1";
+    let unknown = on_table(text, &[ids.into(), table.sequence.into()], |row| row.need::<i64>(1))?;
+    let Some(id) = unknown.first() else { return Ok(()) };
+    let message = format!("job {id} does not exist");
+    let hint = "depends_on holds ids that ir_async_call has returned.";
+    Err(report(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, &message, "It is in depends_on.", hint))
 }
 
 /// Wakes whom a new job concerns at the commit, and notifies.

@@ -62,18 +62,21 @@ pub fn prune(seconds: i64) -> Outcome<i64> {
     if is_behind == Some(true) {
         return Ok(0);
     }
-    // Said twice: a row that was put in by hand may have the id of another job.
-    let text = "DELETE FROM TABLE j WHERE state IN ('succeeded', 'done', 'cancelled')
-                   AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
-                   AND id IN (SELECT id FROM TABLE WHERE state IN ('succeeded', 'done', 'cancelled')
-                   AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1) LIMIT $2)
-                RETURNING id";
+    // A cancelled one without which others may not run is kept: they would wait for nothing then. Said twice: a row that was
+    // put in by hand may have the id of another job.
+    let old = "state IN ('succeeded', 'done', 'cancelled')
+               AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
+               AND (state <> 'cancelled' OR id NOT IN (
+                    SELECT d.id FROM ONLY TABLE b, pg_catalog.unnest(b.depends_on) d (id)
+                     WHERE b.state = 'created' AND NOT b.ready AND d.id IS NOT NULL))";
+    let text =
+        format!("DELETE FROM TABLE j WHERE {old} AND id IN (SELECT id FROM TABLE WHERE {old} LIMIT $2) RETURNING id");
     on_table(
         "DELETE FROM PROGRESS p WHERE NOT EXISTS (SELECT FROM TABLE j WHERE j.id = p.job_id AND j.state = 'processing')
          RETURNING p.job_id",
         &[],
         |_| Ok(()),
     )?;
-    let deleted = on_table(text, &[(seconds as f64).into(), PRUNE_BATCH.into()], |_| Ok(()))?;
+    let deleted = on_table(&text, &[(seconds as f64).into(), PRUNE_BATCH.into()], |_| Ok(()))?;
     Ok(i64::try_from(deleted.len()).unwrap_or(0))
 }
