@@ -95,7 +95,7 @@ class IrAsync(models.Model):
         raise UserError(_('Jobs cannot be written.'))
 
     def unlink(self):
-        """Raises UserError: finished jobs are removed by the extension, after imbus.job_retention."""
+        """Raises UserError: finished jobs are removed by the extension, after imbus.job_retention, unless they have failed."""
         raise UserError(_('Jobs cannot be deleted: they go after imbus.job_retention.'))
 
     # ---------------------------------------------------------------- enqueueing
