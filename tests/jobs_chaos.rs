@@ -103,6 +103,7 @@ fn runners_outside_that_are_killed_lose_nothing_and_late_answers_are_refused() {
             match blow % 6 {
                 2 => strike(&cluster, database, Blow::TerminateWorker),
                 4 => strike(&cluster, database, Blow::RestartImmediately),
+                5 => strike(&cluster, database, Blow::KillServer),
                 _ => terminate(&cluster, database, "application_name = 'runner'", 2),
             }
         }

@@ -63,6 +63,36 @@ fn a_job_that_fails_takes_nobody_along_and_leaves_no_trace() {
 }
 
 #[test]
+fn what_fails_of_its_own_is_tried_once_an_attempt_and_told_with_the_others() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_own");
+    sql.batch_execute(
+        "CREATE SEQUENCE tries; CREATE TABLE effect (n int UNIQUE);
+         CREATE FUNCTION work(n int) RETURNS int LANGUAGE plpgsql AS $$
+         BEGIN
+             PERFORM nextval('tries');
+             INSERT INTO effect VALUES (n);
+             IF n % 4 = 1 THEN INSERT INTO effect VALUES (n); END IF;
+             IF n % 4 = 2 THEN PERFORM 1 / (n % 2); END IF;
+             IF n % 4 = 3 THEN RAISE 'as it says' USING DETAIL = n; END IF;
+             RETURN n;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, to_jsonb(ARRAY[n]) AS args FROM generate_series(1, 400) n");
+    all_end(&mut sql);
+    assert_eq!((count(&mut sql, "succeeded"), count(&mut sql, "failed")), (100, 300));
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect WHERE n % 4 = 0"), 100);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 100);
+    assert_eq!(number(&mut sql, "SELECT last_value FROM tries"), 400, "each was tried once");
+    let code = "(args ->> 0)::int % 4, payload #>> '{error,code}', jsonb_array_length(errors), attempts, deaths, finished_at IS NULL";
+    let text = format!("SELECT string_agg(DISTINCT ({code})::text, ' ') FROM ir_async WHERE state = 'failed'");
+    let codes: String = sql.query_one(&text, &[]).unwrap().get(0);
+    assert_eq!(codes, "(1,23505,1,1,0,f) (2,22012,1,1,0,f) (3,P0001,1,1,0,f)");
+    assert!(in_company(&mut sql) > 300);
+}
+
+#[test]
 fn what_a_job_leaves_in_its_session_is_not_there_for_the_next() {
     let cluster = shared();
     let mut sql = cluster.database("jc_session");

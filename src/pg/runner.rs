@@ -1,6 +1,6 @@
 //! The workers `imbus job <name>`: each runs jobs of one role in one database, connected as that role. Short jobs are
-//! claimed, run and committed many at once; each in a savepoint of its own, and whatever fails in company is run again
-//! alone, so that nothing of the others' is to be seen in how a job ends.
+//! claimed, run and committed many at once; each in a savepoint of its own, and whatever may have failed because of its company
+//! is run again alone, so that nothing of the others' is to be seen in how a job ends.
 
 mod claim;
 
@@ -221,7 +221,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
         session::be_stoppable();
         let began = Instant::now();
         let limit = Limit::set(COMPANY);
-        let mut results = Vec::new();
+        let (mut results, mut failures) = (Vec::new(), Vec::new());
         while began.elapsed() < BUDGET && session::can_go_on() {
             let Some(next) = course.left.pop_front() else { break };
             let id = next.id;
@@ -234,6 +234,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
                     slow.push(id);
                     break;
                 }
+                Err(failure) if is_its_own(&failure) => failures.push((id, Failed::from(&failure))),
                 Err(failure) => {
                     pgrx::debug1!("imbus runs job {id} again, alone: {failure}");
                     failed.push(id);
@@ -242,14 +243,19 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
             session::clear();
         }
         drop(limit);
-        if results.is_empty() {
-            return Ok(());
-        }
         // Somebody who has locked one of the rows must not keep the others.
-        match transaction::with_lock_timeout(|| jobs::succeed_all(place, token, &results))? {
-            true => Ok(()),
-            false => Err(jobs::given_up(results.first().map_or(0, |(id, _)| *id))),
-        }
+        transaction::with_lock_timeout(|| {
+            if !results.is_empty() && !jobs::succeed_all(place, token, &results)? {
+                return Err(jobs::given_up(results.first().map_or(0, |(id, _)| *id)));
+            }
+            for (id, failed) in &failures {
+                let claimed = Claimed { id: *id, token: token.clone(), place: Some(place) };
+                if !jobs::fail(&claimed, failed)? {
+                    return Err(jobs::given_up(*id));
+                }
+            }
+            Ok(())
+        })
     });
     session::be_unstoppable();
     Limit::lift();
@@ -266,6 +272,12 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
             () => {}
         }
     }
+}
+
+/// Whether a job would have failed so alone, too: of data, of a constraint, or because its function says so. It may have seen what
+/// those before it did, which is committed with its failure, or not at all.
+fn is_its_own(failure: &Failure) -> bool {
+    ["22", "23", "P0"].iter().any(|class| failure.code.starts_with(class))
 }
 
 /// Calls a job's function.

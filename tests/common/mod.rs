@@ -135,6 +135,18 @@ impl Cluster {
         self.run("pg_ctl", &all);
     }
 
+    /// kill -9 of the server itself: its processes end by themselves, and it is started again.
+    pub fn kill_server(&self) {
+        let lock = std::fs::read_to_string(self.dir.join("data/postmaster.pid")).unwrap();
+        kill_9(lock.lines().next().unwrap().parse().unwrap());
+        let data = self.dir.join("data").canonicalize().unwrap();
+        let is_one = |process: &Path| std::fs::read_link(process.join("cwd")).is_ok_and(|folder| folder == data);
+        eventually("the server's processes have ended", || {
+            !std::fs::read_dir("/proc").unwrap().flatten().any(|process| is_one(&process.path()))
+        });
+        self.pg_ctl(&["-w", "start"]);
+    }
+
     /// A connection to a database as a role.
     pub fn connect_as(&self, database: &str, role: &str) -> Client {
         self.try_connect(database, role).unwrap_or_else(|error| panic!("{error}\n{}", self.log()))

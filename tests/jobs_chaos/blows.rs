@@ -14,9 +14,10 @@ pub enum Blow {
     TerminateEnqueuer,
     RestartFast,
     RestartImmediately,
+    KillServer,
 }
 
-const ALL: [Blow; 8] = [
+const ALL: [Blow; 9] = [
     Blow::TerminateRunner,
     Blow::KillRunner,
     Blow::TerminateWorker,
@@ -25,6 +26,7 @@ const ALL: [Blow; 8] = [
     Blow::TerminateEnqueuer,
     Blow::RestartFast,
     Blow::RestartImmediately,
+    Blow::KillServer,
 ];
 
 /// So many blows: all kinds, then all again, each time in another order.
@@ -52,6 +54,7 @@ pub fn strike(cluster: &Cluster, database: &str, blow: Blow) {
         Blow::TerminateEnqueuer => terminate(cluster, database, "application_name = 'enqueuer'", 1),
         Blow::RestartFast => cluster.pg_ctl(&["-m", "fast", "-w", "restart"]),
         Blow::RestartImmediately => cluster.pg_ctl(&["-m", "immediate", "-w", "restart"]),
+        Blow::KillServer => cluster.kill_server(),
     }
     eventually("the database is served", || {
         let served = "SELECT 1 FROM imbus_stat_bus WHERE datname = current_database() AND pid IS NOT NULL";
