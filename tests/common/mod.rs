@@ -138,11 +138,14 @@ impl Cluster {
     /// kill -9 of the server itself: its processes end by themselves, and it is started again.
     pub fn kill_server(&self) {
         let lock = std::fs::read_to_string(self.dir.join("data/postmaster.pid")).unwrap();
-        kill_9(lock.lines().next().unwrap().parse().unwrap());
+        let postmaster = lock.lines().next().unwrap().parse().unwrap();
+        kill_9(postmaster);
         let data = self.dir.join("data").canonicalize().unwrap();
         let is_one = |process: &Path| std::fs::read_link(process.join("cwd")).is_ok_and(|folder| folder == data);
         eventually("the server's processes have ended", || {
-            !std::fs::read_dir("/proc").unwrap().flatten().any(|process| is_one(&process.path()))
+            // As long as init has not taken note of its end, its number is in use.
+            !try_signal(postmaster, 0)
+                && !std::fs::read_dir("/proc").unwrap().flatten().any(|process| is_one(&process.path()))
         });
         self.pg_ctl(&["-w", "start"]);
     }
