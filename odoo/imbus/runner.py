@@ -251,7 +251,8 @@ def call(env, job, model, ids, method, args, kwargs, user_id, context, su, is_ac
         result = getattr(env[model].browse(ids or []), method)(*args, **kwargs)
     kind = result.get('type') if isinstance(result, dict) else None
     if isinstance(kind, str) and kind.startswith('ir.actions.') and kind in env:
-        result = clean_action(result, env)
+        defaults = {'view_mode': 'list,form'} if kind == 'ir.actions.act_window' else {}
+        result = clean_action({**defaults, **result}, env)
     return json.dumps(result, default=json_default, allow_nan=False) if is_rpc else dumps(result)
 
 

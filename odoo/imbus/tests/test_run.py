@@ -51,11 +51,16 @@ class TestRun(JobCase, HttpCase):
         self.assertEqual(job.state, 'done')
 
     def test_an_action_is_one_that_a_page_can_open(self):
-        action = {'type': 'ir.actions.act_window', 'res_model': 'res.partner', 'view_mode': 'list,form', 'name': 'Partners'}
-        job = self.jobs.call(self.method(lambda records: action), queue='test')
+        for mode, views in (({}, ['list', 'form']), ({'view_mode': 'form'}, ['form'])):
+            action = {'type': 'ir.actions.act_window', 'res_model': 'res.partner', 'name': 'Partners', **mode}
+            job = self.jobs.call(self.method(lambda records, action=action: action), queue='test')
+            self.run_next()
+            found = job.payload['result']
+            self.assertEqual((found['views'], found['name']), ([[False, view] for view in views], 'Partners'))
+        # Whatever calls itself so.
+        job = self.jobs.call(self.method(lambda records: {'type': 'ir.actions.nonsense'}), queue='test')
         self.run_next()
-        found = job.payload['result']
-        self.assertEqual((found['views'], found['name']), ([[False, 'list'], [False, 'form']], 'Partners'))
+        self.assertEqual(job.payload, {'result': {'type': 'ir.actions.nonsense'}})
 
     def test_what_a_page_asks_for_comes_as_an_rpc_brings_it(self):
         attachment = self.env['ir.attachment'].create({'name': 'a file', 'datas': b'aW1idXM=', 'public': True})
