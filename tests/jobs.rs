@@ -585,11 +585,15 @@ fn a_job_never_runs_for_want_of_what_it_depends_on() {
         sql.execute("SELECT ir_async_cancel($1)", &[&id]).unwrap();
         sql.execute("UPDATE ir_async SET finished_at = now() - interval '1 year' WHERE id = $1", &[&id]).unwrap();
     }
-    // Of a transaction that goes on.
+    // Of a transaction that goes on, which has begun later, too.
+    let mut early = sql.transaction().unwrap();
+    early.execute("SELECT pg_current_xact_id()", &[]).unwrap();
     let mut other = cluster.connect("j_wants");
     let mut open = other.transaction().unwrap();
     let first: i64 = open.query_one("SELECT ir_async_call('one')", &[]).unwrap().get(0);
-    let second = call(&mut sql, &format!("'one', depends_on => ARRAY[{first}]"));
+    let second = "SELECT ir_async_call('one', depends_on => ARRAY[$1::bigint])";
+    let second: i64 = early.query_one(second, &[&first]).unwrap().get(0);
+    early.commit().unwrap();
     // Of one that was rolled back.
     let mut third = cluster.connect("j_wants");
     let mut gone = third.transaction().unwrap();

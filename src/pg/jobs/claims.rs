@@ -11,6 +11,7 @@ use crate::pg::transaction::in_passing;
 use crate::pg::{ffi, guc, sql, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
+use std::cell::RefCell;
 use std::collections::HashMap;
 
 /// Blocked jobs looked at in one go, for those whose dependencies have ended.
@@ -282,20 +283,49 @@ pub struct Blocked {
     pub are_there: bool,
 }
 
+thread_local! {
+    /// Blocked jobs whose dependencies are not all there, with the next transaction's number when that was seen first.
+    static UNSURE: RefCell<HashMap<i64, u64>> = RefCell::default();
+}
+
+/// How many of them are kept; beyond that all are looked at anew.
+const UNSURE_MAX: usize = 10_000;
+
+/// Whether what a job depends on and is not there has been there before: no transaction goes on, by `oldest`, that may have put
+/// it in before the job was seen first. Whoever knew its id had put it in by then.
+fn is_gone(id: i64, oldest: u64) -> bool {
+    // SAFETY: reads a number in shared memory.
+    let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
+    UNSURE.with_borrow_mut(|unsure| {
+        if unsure.len() >= UNSURE_MAX {
+            unsure.clear();
+        }
+        let is_gone = *unsure.entry(id).or_insert(next) <= oldest;
+        if is_gone {
+            unsure.remove(&id);
+        }
+        is_gone
+    })
+}
+
 /// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. They are in the table itself.
-/// Looks at some, those with ids above `after`. One that is not there has ended well and was deleted, unless its transaction
-/// goes on still: that began before the blocked job was there.
+/// Looks at some, those with ids above `after`. One that is not there has ended well and was deleted, or its transaction goes
+/// on still.
 pub fn release(after: i64) -> Outcome<Blocked> {
-    let text = "SELECT b.id, NOT EXISTS (
-                         SELECT FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id
-                          WHERE CASE WHEN p.id IS NULL THEN NOT b.is_old ELSE p.state NOT IN ('succeeded', 'done') END)
-                  FROM (SELECT c.id, c.depends_on,
-                               pg_catalog.age(c.xmin) > pg_catalog.age(pg_catalog.xid(pg_catalog.pg_snapshot_xmin(
-                                                            pg_catalog.pg_current_snapshot()))) AS is_old
-                          FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
-                         ORDER BY c.id LIMIT $2) b ORDER BY b.id";
-    let read = |row: &sql::Row| Ok((row.need::<i64>(1)?, row.need::<bool>(2)?));
-    let seen = on_table(text, &[after.into(), BLOCKED.into()], read)?;
+    let text = "SELECT b.id, d.are_well, d.are_there,
+                       pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint
+                  FROM (SELECT c.id, c.depends_on FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
+                         ORDER BY c.id LIMIT $2) b
+                 CROSS JOIN LATERAL (
+                       SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
+                              COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
+                         FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d
+                 ORDER BY b.id";
+    let read = |row: &sql::Row| {
+        let (id, oldest) = (row.need::<i64>(1)?, row.need::<i64>(4)?.cast_unsigned());
+        Ok((id, row.need(2)? && (row.need(3)? || is_gone(id, oldest))))
+    };
+    let seen: Vec<(i64, bool)> = on_table(text, &[after.into(), BLOCKED.into()], read)?;
     let free: Vec<i64> = seen.iter().filter(|(_, is_free)| *is_free).map(|(id, _)| *id).collect();
     if !free.is_empty() {
         let text = "UPDATE ONLY TABLE SET ready = true WHERE id IN (SELECT c.id FROM ONLY TABLE c WHERE c.id = ANY($1)
