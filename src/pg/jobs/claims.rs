@@ -284,23 +284,26 @@ pub struct Blocked {
 }
 
 thread_local! {
-    /// Blocked jobs whose dependencies are not all there, with the next transaction's number when that was seen first.
-    static UNSURE: RefCell<HashMap<i64, u64>> = RefCell::default();
+    /// Blocked jobs whose dependencies are not all there: the next transaction's number when that was seen first, and whether it
+    /// was seen since all blocked jobs have been looked at.
+    static UNSURE: RefCell<HashMap<i64, (u64, bool)>> = RefCell::default();
 }
 
-/// How many of them are kept; beyond that all are looked at anew.
-const UNSURE_MAX: usize = 10_000;
+/// How many of them are kept; further ones wait until these are decided.
+const UNSURE_MAX: usize = 100_000;
 
 /// Whether what a job depends on and is not there has been there before: no transaction goes on, by `oldest`, that may have put
 /// it in before the job was seen first. Whoever knew its id had put it in by then.
 fn is_gone(id: i64, oldest: u64) -> bool {
-    // SAFETY: reads a number in shared memory.
-    let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
     UNSURE.with_borrow_mut(|unsure| {
-        if unsure.len() >= UNSURE_MAX {
-            unsure.clear();
+        if unsure.len() >= UNSURE_MAX && !unsure.contains_key(&id) {
+            return false;
         }
-        let is_gone = *unsure.entry(id).or_insert(next) <= oldest;
+        // SAFETY: reads a number in shared memory.
+        let next = || unsafe { pg_sys::ReadNextFullTransactionId() }.value;
+        let (first, is_seen) = unsure.entry(id).or_insert_with(|| (next(), true));
+        *is_seen = true;
+        let is_gone = *first <= oldest;
         if is_gone {
             unsure.remove(&id);
         }
@@ -334,6 +337,10 @@ pub fn release(after: i64) -> Outcome<Blocked> {
     }
     let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
     let next = seen.last().map(|(id, _)| *id).filter(|_| !is_last);
+    if next.is_none() {
+        // Those that are not blocked any more, for whatever reason, are forgotten.
+        UNSURE.with_borrow_mut(|unsure| unsure.retain(|_, (_, is_seen)| std::mem::take(is_seen)));
+    }
     Ok(Blocked { next, are_there: seen.iter().any(|(_, is_free)| !is_free) })
 }
 
