@@ -275,6 +275,7 @@ fn what_anybody_can_lock_keeps_nobody_from_claiming() {
     // Every advisory lock that is held while somebody counts.
     rogue.batch_execute("SELECT pg_advisory_lock(1768780402, 1)").unwrap();
     let mut runner = cluster.connect("jx_locks");
+    runner.batch_execute("SET lock_timeout = '20s'").unwrap();
     let mut claiming = runner.transaction().unwrap();
     claiming.query("SELECT * FROM ir_async_claim('pair')", &[]).unwrap();
     assert_eq!(number(&mut sql, "(SELECT count(*) FROM pg_locks WHERE locktype = 'advisory')"), 1, "the rogue's");

@@ -1,4 +1,5 @@
-//! What pgrx does not bind on all of PostgreSQL 15 to 18: commands/async.h, libpq/libpq.h, commands/discard.h,
+//! What pgrx does not bind on all of PostgreSQL 15 to 18, and what headers there have as inline functions and macros, or with other
+//! arguments: commands/async.h, libpq/libpq.h, commands/discard.h,
 //! tcop/tcopprot.h, access/twophase.h, commands/sequence.h,
 //! nodes/nodeFuncs.h, port.h, utils/timeout.h. Whoever calls a function here wraps it in [`guarded`], so that an ERROR unwinds
 //! as a Rust panic instead of jumping over Rust frames.
