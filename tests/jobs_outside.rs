@@ -242,8 +242,8 @@ fn a_queue_processes_no_more_than_its_limit_and_takes_a_new_one() {
          END $$",
     )
     .unwrap();
-    sql.batch_execute("SELECT ir_async_call('look', queue => 'pair') FROM generate_series(1, 12)").unwrap();
-    eventually("they have ended", || number(&mut sql, "(SELECT count(*) FROM seen)") == 12);
+    sql.batch_execute("SELECT ir_async_call('look', queue => 'pair') FROM generate_series(1, 40)").unwrap();
+    eventually("they have ended", || number(&mut sql, "(SELECT count(*) FROM seen)") == 40);
     assert_eq!(number(&mut sql, "(SELECT max(at_once) FROM seen)"), 2);
     // Runners outside count too. The worker offers these jobs to Odoo, where nobody answers, and gives them back.
     let mut runner = cluster.connect("jx_limit");
