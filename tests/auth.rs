@@ -292,7 +292,7 @@ fn a_token_that_expires_while_connected_ends_the_connection() {
     let cluster = shared();
     let mut sql = demo(&cluster);
     let port = cluster.ws_port(&mut sql);
-    let token: String = sql.query_one("SELECT bus_token('[\"brief\"]', '3 seconds')", &[]).unwrap().get(0);
+    let token: String = sql.query_one("SELECT bus_token('[\"brief\"]', '10 seconds')", &[]).unwrap().get(0);
     let mut socket = Socket::open(port, &token);
     socket.subscribe(json!(["brief"]), 0);
     socket.sync(&mut sql);

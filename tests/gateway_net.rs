@@ -755,7 +755,8 @@ fn broken_frames_and_broken_text_are_closed() {
 
 #[test]
 fn the_eleventh_frame_too_soon_is_one_too_many() {
-    let gateway = Gateway::with(Settings { rate_limit_burst: 10, ..settings() });
+    let gateway =
+        Gateway::with(Settings { rate_limit_burst: 10, rate_limit_delay: Duration::from_secs(5), ..settings() });
     let mut worker = gateway.worker();
     let mut client = gateway.subscribed(&mut worker, r#"["a"]"#);
     for _ in 0..9 {

@@ -84,9 +84,11 @@ fn an_ended_session_is_closed_with_4001() {
     client.subscribe("[]", 0);
     client.closed_with(4001, "");
     // At the next subscribe, where Odoo goes on with the public.
-    let mut one = visitor(&gateway, "s1");
+    let unhurried = Gateway::with(vouching(&odoo));
+    let mut its_worker = unhurried.worker();
+    let mut one = visitor(&unhurried, "s1");
     one.subscribe("[]", 0);
-    worker.answer(&[]);
+    its_worker.answer(&[]);
     odoo.answer("s1", Answer::Known("demo", 0, "Set-Cookie: session_id=new; Path=/\r\n"));
     one.subscribe(r#"["b"]"#, 0);
     one.closed_with(4001, "");

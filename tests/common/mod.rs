@@ -19,6 +19,10 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
+/// The ports that servers of tests listen on, and how many there are.
+const FIRST_PORT: u16 = 20_000;
+const PORTS: u32 = 10_000;
+
 /// A running private cluster.
 pub struct Cluster {
     pub dir: PathBuf,
@@ -55,9 +59,15 @@ fn is_root() -> bool {
     output.stdout.starts_with(b"0")
 }
 
-/// A port nobody listens on right now.
+/// A port nobody listens on right now. Outside the range that systems choose from, where another test's connection might
+/// take it before it is used.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let own = || std::process::id().wrapping_mul(131).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+    (0..PORTS)
+        .map(|_| FIRST_PORT + (own() % PORTS) as u16)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
 }
 
 impl Cluster {
@@ -148,6 +158,15 @@ impl Cluster {
                 && !std::fs::read_dir("/proc").unwrap().flatten().any(|process| is_one(&process.path()))
         });
         self.pg_ctl(&["-w", "start"]);
+    }
+
+    /// Waits until no session of a superuser's is in a database, such as one of autovacuum's or one that is just ending: nobody
+    /// else may terminate it.
+    pub fn left_by_superusers(&self, database: &str) {
+        let mut sql = self.connect("postgres");
+        let text = "SELECT FROM pg_stat_activity WHERE datname = $1
+                       AND (backend_type = 'autovacuum worker' OR backend_type = 'client backend' AND usename = 'postgres')";
+        eventually("superusers have left it", || sql.query(text, &[&database]).unwrap().is_empty());
     }
 
     /// A connection to a database as a role.

@@ -213,8 +213,14 @@ impl OdooRunner {
         {
             id = next;
             match self.run(client.as_ref(), id, &token, None) {
-                // Those that had to wait have been given back.
-                Some(409) => break,
+                // Those that had to wait have been given back, this one before it was begun.
+                Some(409) => {
+                    self.with(|state| {
+                        let last = state.began.iter().rposition(|began| *began == id);
+                        last.map(|place| state.began.remove(place))
+                    });
+                    break;
+                }
                 next => status = next,
             }
         }
@@ -263,10 +269,11 @@ impl OdooRunner {
     }
 }
 
-/// The job that follows under the same token.
+/// The job that follows under the same token, and can be begun.
 fn following(client: &Mutex<Client>, id: i64, token: &str) -> Option<i64> {
-    let text = "SELECT f.id FROM ir_async f, ir_async j WHERE j.id = $1 AND f.token = $2 AND f.state = 'processing'
-                   AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1";
+    let text = "SELECT n.id FROM (SELECT f.id FROM ir_async f, ir_async j
+                 WHERE j.id = $1 AND f.token = $2 AND f.state = 'processing' AND (f.run_at, f.id) > (j.run_at, j.id)
+                 ORDER BY f.run_at, f.id LIMIT 1) n, ir_async_begin(n.id, $2)";
     client.lock().unwrap().query_opt(text, &[&id, &token]).ok().flatten().map(|row| row.get(0))
 }
 
