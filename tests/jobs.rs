@@ -544,6 +544,28 @@ fn a_smaller_priority_of_another_role_runs_first() {
 }
 
 #[test]
+fn a_trigger_put_on_the_table_fires_in_a_session_with_an_older_snapshot_and_ever_after() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_trigger");
+    sql.batch_execute(
+        "CREATE TABLE fired ();
+         CREATE FUNCTION fire() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN INSERT INTO public.fired DEFAULT VALUES; RETURN NEW; END $$",
+    )
+    .unwrap();
+    let mut other = cluster.connect("j_trigger");
+    let enqueued = |other: &mut Client| drop(call(other, "'pg_catalog.now', run_at => now() + interval '1 day'"));
+    enqueued(&mut other);
+    other.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM fired").unwrap();
+    sql.batch_execute("CREATE TRIGGER fire BEFORE INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION fire()").unwrap();
+    enqueued(&mut other);
+    other.batch_execute("COMMIT").unwrap();
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM fired"), 1);
+    enqueued(&mut other);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM fired"), 2);
+}
+
+#[test]
 fn a_job_waits_for_those_it_depends_on() {
     let cluster = shared();
     let mut sql = cluster.database("j_depends");

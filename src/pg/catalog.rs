@@ -2,6 +2,7 @@
 //! depends on. A counter, moved by the invalidations that every process hears of.
 
 use super::report::Outcome;
+use super::sql;
 use pgrx::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -71,7 +72,7 @@ pub fn remembered<K: Eq + Hash, V: Clone>(
     if let Some(known) = known {
         return Ok(known);
     }
-    let found = find_out(&question)?;
+    let found = sql::as_of_now(|| find_out(&question))?;
     // Whatever has changed meanwhile: found out under an older state, it is forgotten with it.
     memory.with_borrow_mut(|memory| {
         if memory.generation == generation {

@@ -140,6 +140,17 @@ pub fn with<F, T>(
     }
 }
 
+/// Whether an INSERT into a table fires a trigger of such a name: as it is now, whatever the transaction's snapshot, and as it
+/// stays until the transaction's end. For rows that are put into another table in its stead.
+pub fn fires(relid: pg_sys::Oid, is_such: impl Fn(&[u8]) -> bool) -> bool {
+    // SAFETY: main thread, inside a transaction; closed below, on ERROR by the abort.
+    let table = Table(unsafe { pg_sys::table_open(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE) });
+    let fires = table.triggers().any(|(name, _)| is_such(name));
+    // SAFETY: pairs with table_open; the lock is INSERT's.
+    unsafe { pg_sys::table_close(table.0, pg_sys::NoLock as pg_sys::LOCKMODE) };
+    fires
+}
+
 /// SAFETY: an open relation.
 unsafe fn with_indexes<T>(
     relation: pg_sys::Relation,

@@ -57,8 +57,6 @@ struct Table {
     children: Vec<Child>,
     /// Its columns, quoted.
     columns: Vec<String>,
-    /// The administrator has put triggers on it.
-    has_triggers: bool,
 }
 
 /// A table in which jobs wait and run.
@@ -73,7 +71,7 @@ struct Place(String);
 
 thread_local! {
     static FOUND: RefCell<Option<Rc<Table>>> = const { RefCell::new(None) };
-    /// Its OID, for `changed`.
+    /// Its OID, for `changed`; 0 while it is not known, so that any table may be it.
     static WATCHED: Cell<Option<u32>> = const { Cell::new(None) };
     /// What was found out of it may be wrong by now.
     static STALE: Cell<bool> = const { Cell::new(false) };
@@ -81,7 +79,8 @@ thread_local! {
 
 /// A table's definition has changed, or may have.
 unsafe extern "C-unwind" fn changed(_argument: pg_sys::Datum, relid: pg_sys::Oid) {
-    if relid == pg_sys::InvalidOid || WATCHED.get() == Some(u32::from(relid)) {
+    let is_it = |watched| watched == 0 || watched == u32::from(relid);
+    if relid == pg_sys::InvalidOid || WATCHED.get().is_some_and(is_it) {
         STALE.set(true);
     }
 }
@@ -96,7 +95,7 @@ fn table() -> Outcome<Rc<Table>> {
         unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(changed), pg_sys::Datum::from(0)) };
     }
     STALE.set(false);
-    let found = safely(find)?;
+    let found = sql::as_of_now(|| safely(find))?;
     WATCHED.set(Some(found.as_ref().map_or(0, |table| u32::from(table.relid))));
     let found = found.map(Rc::new);
     FOUND.with_borrow_mut(|cell| cell.clone_from(&found));
@@ -114,9 +113,7 @@ fn find() -> Outcome<Option<Table>> {
     let text = "SELECT c.oid, c.relowner, pg_catalog.quote_ident(n.nspname) || '.ir_async',
                        pg_catalog.quote_ident(n.nspname) || '.imbus_progress',
                        pg_catalog.pg_get_serial_sequence(pg_catalog.quote_ident(n.nspname) || '.ir_async', 'id')
-                           ::pg_catalog.regclass::oid,
-                       EXISTS (SELECT FROM pg_catalog.pg_trigger t
-                                WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND t.tgname <> 'ir_async_inserted')
+                           ::pg_catalog.regclass::oid
                   FROM pg_catalog.pg_extension e
                   JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace
                   JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = 'ir_async'
@@ -130,7 +127,6 @@ fn find() -> Outcome<Option<Table>> {
             sequence: row.get(5)?.unwrap_or(pg_sys::InvalidOid),
             children: Vec::new(),
             columns: Vec::new(),
-            has_triggers: row.need(6)?,
         })
     })?;
     let Some(mut table) = found else { return Ok(None) };

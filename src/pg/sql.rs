@@ -7,7 +7,7 @@ use super::guard;
 use super::report::{Outcome, internal};
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::rc::Rc;
@@ -17,6 +17,8 @@ const KEPT: usize = 256;
 
 thread_local! {
     static PLANS: RefCell<HashMap<String, Plan>> = RefCell::new(HashMap::new());
+    /// Statements see what the active snapshot sees.
+    static AS_OF_NOW: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A kept plan and its text.
@@ -112,8 +114,35 @@ fn run(text: &str, args: &[DatumWithOid<'_>]) -> Outcome<()> {
         values.push(value.map_or(pg_sys::Datum::from(0), |value| value.sans_lifetime()));
     }
     // SAFETY: as many values and marks as the plan has parameters.
-    let code = unsafe { pg_sys::SPI_execute_plan(plan, values.as_mut_ptr(), nulls.as_ptr(), false, 0) };
+    let code = unsafe { pg_sys::SPI_execute_plan(plan, values.as_mut_ptr(), nulls.as_ptr(), AS_OF_NOW.get(), 0) };
     check(code)
+}
+
+/// Runs statements that only read, by a snapshot of now even where the transaction keeps an older one: what is to be remembered
+/// of catalogs must be as new as the invalidations that have been heard, since none of these comes twice.
+pub fn as_of_now<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    // SAFETY: plain globals.
+    if unsafe { pg_sys::IsInParallelMode() } {
+        // No other snapshot can be had there.
+        return work();
+    }
+    // SAFETY: main thread, inside a transaction; popped below, on ERROR by the abort.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
+    let mark = AsOfNow(AS_OF_NOW.replace(true));
+    let result = work();
+    drop(mark);
+    // SAFETY: pairs with the push.
+    unsafe { pg_sys::PopActiveSnapshot() };
+    result
+}
+
+/// Sets the mark back whatever happens.
+struct AsOfNow(bool);
+
+impl Drop for AsOfNow {
+    fn drop(&mut self) {
+        AS_OF_NOW.set(self.0);
+    }
 }
 
 fn plan(text: &str, args: &[DatumWithOid<'_>]) -> Outcome<Plan> {

@@ -208,11 +208,11 @@ fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     // SAFETY: a cache look-up inside a transaction.
     let is_superusers = unsafe { pg_sys::superuser_arg(table.owner) };
     let indexes = if is_superusers { Indexes::Superusers } else { Indexes::Anybodys };
-    if table.has_triggers {
-        return Ok(None);
-    }
     let is_ready = jobs.first().is_some_and(New::is_ready);
     let relid = rotation::filling(table).filter(|_| is_ready).unwrap_or(table.relid);
+    if relid != table.relid && direct::fires(table.relid, is_not_own) {
+        return Ok(None);
+    }
     direct::with(relid, indexes, columns, |rows, columns| {
         with_rows(table, jobs, |row| {
             rows.put(|column| columns.get(column).copied().flatten().and_then(|make| make(row)));
@@ -221,10 +221,15 @@ fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     })
 }
 
+/// Whether a trigger of this name is another than the table's own.
+fn is_not_own(trigger: &[u8]) -> bool {
+    trigger != b"ir_async_inserted"
+}
+
 /// What makes the value of each column, None for NULL, of a table that is as it was made: with its own trigger alone, which
 /// has nothing to do where imbus enqueues. None for another one.
 fn columns(table: &direct::Table) -> Option<Vec<Option<Make>>> {
-    if table.triggers().any(|(name, _)| name != b"ir_async_inserted") {
+    if table.triggers().any(|(name, _)| is_not_own(name)) {
         return None;
     }
     let mut expected = COLUMNS.iter().peekable();
