@@ -554,7 +554,7 @@ fn a_trigger_put_on_the_table_fires_in_a_session_with_an_older_snapshot_and_ever
     )
     .unwrap();
     let mut other = cluster.connect("j_trigger");
-    let enqueued = |other: &mut Client| drop(call(other, "'pg_catalog.now', run_at => now() + interval '1 day'"));
+    let enqueued = |other: &mut Client| _ = call(other, "'pg_catalog.now', run_at => now() + interval '1 day'");
     enqueued(&mut other);
     other.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM fired").unwrap();
     sql.batch_execute("CREATE TRIGGER fire BEFORE INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION fire()").unwrap();
