@@ -600,6 +600,26 @@ fn a_client_that_was_away_during_the_move_over_gets_what_it_missed() {
     assert_eq!(reader.payloads(), ["seen", "missed", "after"], "{:?}", reader.found);
 }
 
+/// Nor does a session with an older snapshot go on publishing into the table that was in force by that.
+#[test]
+fn odoos_table_takes_over_in_a_session_with_an_older_snapshot_too() {
+    let cluster = shared();
+    let mut owner = owned(&cluster, "a_older", "");
+    let mut reader = Follower::open(&cluster, &mut owner, json!(["news"]), 0);
+    let mut other = cluster.connect_as("a_older", "a_older");
+    publish(&mut other, "news", "before");
+    other.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class").unwrap();
+    owner.batch_execute(ODOO_TABLE).unwrap();
+    // It may not have heard of the table so far.
+    publish(&mut other, "news", "first");
+    let second = publish(&mut other, "news", "second");
+    assert_eq!(table_of(&mut other, second), "bus_bus");
+    other.batch_execute("COMMIT").unwrap();
+    let third = publish(&mut other, "news", "third");
+    assert_eq!(table_of(&mut other, third), "bus_bus");
+    reader.reads(&["before", "first", "second", "third"]);
+}
+
 #[test]
 fn a_bus_table_that_is_renamed_away_leaves_imbus_its_own() {
     let cluster = shared();

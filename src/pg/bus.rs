@@ -77,18 +77,21 @@ const CANDIDATES: &str = "
             OR (c.relname = 'imbus_bus' AND c.relnamespace = e.extnamespace))
      ORDER BY s.oid IS NULL";
 
-/// The tables that exist: imbus's own and, when it may be used, Odoo's. Errors 42P01 without the extension.
+/// The tables that exist now, whatever the transaction's snapshot: imbus's own and, when it may be used, Odoo's. Errors 42P01
+/// without the extension.
 pub fn candidates() -> Outcome<(Bus, Option<Bus>)> {
-    let found = safely(|| {
-        sql::rows(CANDIDATES, &[], |row| {
-            Ok(Bus {
-                relid: row.get(1)?.unwrap_or(pg_sys::InvalidOid),
-                owner: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
-                name: row.text(3)?,
-                database: row.text(4)?,
-                sequence: row.get(5)?.unwrap_or(pg_sys::InvalidOid),
-                sequence_name: row.text(6)?,
-                is_odoo: row.need(7)?,
+    let found = sql::as_of_now(|| {
+        safely(|| {
+            sql::rows(CANDIDATES, &[], |row| {
+                Ok(Bus {
+                    relid: row.get(1)?.unwrap_or(pg_sys::InvalidOid),
+                    owner: row.get(2)?.unwrap_or(pg_sys::InvalidOid),
+                    name: row.text(3)?,
+                    database: row.text(4)?,
+                    sequence: row.get(5)?.unwrap_or(pg_sys::InvalidOid),
+                    sequence_name: row.text(6)?,
+                    is_odoo: row.need(7)?,
+                })
             })
         })
     })?;
@@ -234,7 +237,8 @@ impl Bus {
             if self.is_odoo {
                 return Ok(own.last_drawn()?.unwrap_or(0));
             }
-            let newest = own.last_bookmarked()?.filter(|(table, _)| *table != own.relid);
+            // A transaction's older snapshot may not have the last bookmark of the table that is gone.
+            let newest = sql::as_of_now(|| own.last_bookmarked())?.filter(|(table, _)| *table != own.relid);
             Ok(newest.map_or(0, |(_, high)| high))
         };
         // SAFETY: a plain setting of the session.
