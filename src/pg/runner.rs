@@ -228,6 +228,7 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
             tried.push(next);
             let Some(next) = tried.last() else { break };
             slot.begin(id);
+            transaction::restart_clock();
             match transaction::in_savepoint(|| call(next)) {
                 Ok(result) => results.push((id, result)),
                 Err(failure) if failure.code == QUERY_CANCELED => {
@@ -275,9 +276,11 @@ fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, cour
 }
 
 /// Whether a job would have failed so alone, too: of data, of a constraint, or because its function says so. It may have seen what
-/// those before it did, which is committed with its failure, or not at all.
+/// those before it did, which is committed with its failure, or not at all. But what may not be there twice may be the number of
+/// the transaction that it shares.
 fn is_its_own(failure: &Failure) -> bool {
-    ["22", "23", "P0"].iter().any(|class| failure.code.starts_with(class))
+    let is_twice = matches!(failure.code.as_str(), UNIQUE_VIOLATION | EXCLUSION_VIOLATION);
+    !is_twice && ["22", "23", "P0"].iter().any(|class| failure.code.starts_with(class))
 }
 
 /// Calls a job's function.
@@ -334,6 +337,8 @@ fn record(claimed: &Claimed, ended: &Ended) {
 
 /// SQLSTATE query_canceled.
 const QUERY_CANCELED: &str = "57014";
+const UNIQUE_VIOLATION: &str = "23505";
+const EXCLUSION_VIOLATION: &str = "23P01";
 
 /// How an attempt ended that did not succeed.
 enum Ended {

@@ -7,6 +7,7 @@ use pgrx::pg_sys::panic::{CaughtError, ErrorReportWithLevel};
 use pgrx::prelude::*;
 use std::ffi::CStr;
 use std::panic::AssertUnwindSafe;
+use std::sync::OnceLock;
 
 /// Why a transaction of a worker failed.
 #[derive(Debug)]
@@ -103,6 +104,30 @@ fn abort(error: CaughtError) -> Failure {
         pg_sys::InterruptHoldoffCount -= 1;
     }
     error.into()
+}
+
+/// Has `now()` and `statement_timestamp()` begin anew, as in a transaction of its own: later than before, if by a microsecond only.
+pub fn restart_clock() {
+    // SAFETY: main thread, inside a transaction. What parallel workers do as they start; only a server that was built with
+    // assertions asks that it be one.
+    unsafe {
+        if !has_assertions() {
+            pg_sys::SetCurrentStatementStartTimestamp();
+            let now = pg_sys::GetCurrentStatementStartTimestamp();
+            let now = now.max(pg_sys::GetCurrentTransactionStartTimestamp() + 1);
+            pg_sys::SetParallelStartTimestamps(now, now);
+        }
+    }
+}
+
+fn has_assertions() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        // SAFETY: main thread; a preset option's value is a C string.
+        let found = unsafe { pg_sys::GetConfigOption(c"debug_assertions".as_ptr(), true, false) };
+        // SAFETY: as above.
+        !found.is_null() && unsafe { CStr::from_ptr(found) } != c"off"
+    })
 }
 
 /// Runs `work` in a savepoint that is rolled back whatever comes of it: its locks go, what it did to sequences stays.
