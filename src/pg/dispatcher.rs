@@ -34,11 +34,25 @@ pub struct Dispatcher {
     next: Instant,
     /// When to look for orphans even if nobody says that there are some.
     next_rescue: Instant,
-    /// Where to go on looking for blocked jobs that can run.
-    blocked: Option<i64>,
+    /// The look at blocked jobs that is not at their end.
+    round: Option<Round>,
     /// A look at the lanes is not taken before: each leaves others many times what it took.
     next_look: Instant,
 }
+
+/// A look at all blocked jobs, in turns.
+#[derive(Clone, Copy)]
+struct Round {
+    /// The last one it has looked at.
+    after: i64,
+    /// How many jobs had ended when it began.
+    ended: u64,
+    /// There was one that stays so.
+    are_blocked: bool,
+}
+
+/// What a turn of it may take.
+const RELEASING: Duration = Duration::from_millis(20);
 
 /// What a look at the lanes leaves to others, in times of what it took: it passes entries of jobs that are done, which
 /// stay as long as the oldest transaction anywhere.
@@ -57,7 +71,7 @@ impl Dispatcher {
             began: worker::now(),
             next: now,
             next_rescue: now,
-            blocked: None,
+            round: None,
             next_look: now,
         }
     }
@@ -103,6 +117,8 @@ impl Dispatcher {
         let waiting = match transaction::run(|| self.release().and_then(|()| waiting())) {
             Ok(waiting) => waiting,
             Err(failure) => {
+                // Nothing of it has happened.
+                self.round = None;
                 pgrx::warning!("imbus could not look for jobs: {failure}");
                 return Vec::new();
             }
@@ -141,21 +157,35 @@ impl Dispatcher {
         self.next = self.next.min(at);
     }
 
-    /// Lets blocked jobs wait in their lanes whose dependencies have ended.
+    /// Lets blocked jobs wait in their lanes whose dependencies have ended: looks at as many as it has time for, and next time
+    /// goes on from there.
     fn release(&mut self) -> super::report::Outcome<()> {
         let slot = self.shared.database(self.database);
+        let ended = || slot.map_or(0, |slot| slot.ended());
         // Before the look: an end that it does not see any more wakes this worker.
         slot.into_iter().for_each(|slot| slot.await_ends(true));
-        let blocked = jobs::release(self.blocked.unwrap_or(0))?;
-        let is_all = self.blocked.is_none() && blocked.next.is_none();
-        if is_all && !blocked.are_there && guc::queues().is_empty() {
-            slot.into_iter().for_each(|slot| slot.await_ends(false));
+        let until = Instant::now() + RELEASING;
+        loop {
+            let round = *self.round.get_or_insert_with(|| Round { after: 0, ended: ended(), are_blocked: false });
+            let blocked = jobs::release(round.after)?;
+            let are_blocked = round.are_blocked || blocked.are_there;
+            let Some(after) = blocked.next else {
+                self.round = None;
+                if are_blocked && ended() != round.ended && round.after > 0 {
+                    // One that it had passed may have waited for one of these.
+                    self.look_by(Instant::now());
+                }
+                if !are_blocked && guc::queues().is_empty() {
+                    slot.into_iter().for_each(|slot| slot.await_ends(false));
+                }
+                return Ok(());
+            };
+            self.round = Some(Round { after, are_blocked, ..round });
+            if Instant::now() >= until {
+                self.look_by(Instant::now());
+                return Ok(());
+            }
         }
-        self.blocked = blocked.next;
-        if self.blocked.is_some() {
-            self.look_by(Instant::now() + NO_PLACE);
-        }
-        Ok(())
     }
 
     fn mine(&self) -> impl Iterator<Item = (usize, &'static RunnerSlot)> {

@@ -140,6 +140,11 @@ impl DatabaseSlot {
         self.awaits_ends.store(awaits, Ordering::SeqCst);
     }
 
+    /// How many jobs have ended since the server started.
+    pub fn ended(&self) -> u64 {
+        self.ended.load(Ordering::Relaxed)
+    }
+
     /// Which table fills (`core::rotation`).
     pub fn filling(&self) -> usize {
         self.filling.load(Ordering::Acquire) as usize
