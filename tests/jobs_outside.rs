@@ -270,6 +270,31 @@ fn a_queue_processes_no_more_than_its_limit_and_takes_a_new_one() {
 }
 
 #[test]
+fn jobs_of_a_queue_that_is_no_longer_left_to_others_run_here() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_taken_back");
+    sql.batch_execute(
+        "CREATE SCHEMA theirs; CREATE FUNCTION theirs.add(a int, b int) RETURNS int LANGUAGE sql AS 'SELECT a + b';
+         CREATE FUNCTION add(a text) RETURNS text LANGUAGE sql AS 'SELECT a';
+         SET search_path = theirs, public",
+    )
+    .unwrap();
+    let id = number(&mut sql, "ir_async_call('add', '[1]', '{\"b\": 2}', queue => 'out')");
+    let unknown = number(&mut sql, "ir_async_call('what_they_do', queue => 'out')");
+    sql.batch_execute("ALTER SYSTEM SET imbus.queues = 'one:1'").unwrap();
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    assert_eq!(comes_to(&mut sql, id, "succeeded")["payload"]["result"], 3);
+    // It is not lost either.
+    let found = comes_to(&mut sql, unknown, "failed");
+    assert_eq!(found["payload"]["error"]["code"], "42883", "{found}");
+    sql.batch_execute("ALTER SYSTEM SET imbus.queues = 'out:0'").unwrap();
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    sql.query_one("SELECT ir_async_retry($1)", &[&unknown]).unwrap();
+    let mut runner = cluster.connect("jx_taken_back");
+    eventually("it is claimed", || !claim(&mut runner, "out", 5).is_empty());
+}
+
+#[test]
 fn what_anybody_can_lock_keeps_nobody_from_claiming() {
     let cluster = cluster();
     let mut sql = cluster.database("jx_locks");

@@ -231,10 +231,17 @@ thread_local! {
 }
 
 /// Calls a stored signature as the current user with the given search_path: the result as JSON text, None for void or
-/// NULL. Raises whatever the function raises, and 42501 or 42883 when it was revoked or dropped since.
-pub fn run(signature: &str, arguments: &Arguments, search_path: &str) -> Outcome<Option<String>> {
-    let prepared = prepare(signature, arguments)?;
-    set_local(c"search_path", &CString::new(search_path).map_err(super::report::internal)?);
+/// NULL. Raises whatever the function raises, and 42501 or 42883 when it was revoked or dropped since. Of a job that was enqueued
+/// while its queue was left to runners outside the target is a name, and resolved now.
+pub fn run(target: &str, arguments: &Arguments, search_path: &str) -> Outcome<Option<String>> {
+    let search_path = CString::new(search_path).map_err(super::report::internal)?;
+    let prepared = if target.ends_with(')') {
+        prepare(target, arguments)?
+    } else {
+        set_local(c"search_path", &search_path);
+        prepare(&resolve(target, &arguments.shape())?, arguments)?
+    };
+    set_local(c"search_path", &search_path);
     let argument = [JsonbText(arguments.object()).into()];
     if prepared.returns == Returns::Void {
         sql::execute(&prepared.statement, &argument)?;
