@@ -429,7 +429,7 @@ COMMENT ON FUNCTION @extschema@.ir_async_call_notify(text, text, jsonb, jsonb, j
     'enqueue a call of an SQL function, with a notification on a channel at each state; returns the id of the job';
 COMMENT ON FUNCTION @extschema@.ir_async_status(bigint) IS 'a job as JSON';
 COMMENT ON FUNCTION @extschema@.ir_async_complete(bigint) IS 'turn a job that succeeded into done';
-COMMENT ON FUNCTION @extschema@.ir_async_cancel(bigint) IS 'end a job that waits or runs';
+COMMENT ON FUNCTION @extschema@.ir_async_cancel(bigint) IS 'end a job that waits or runs, discard one that has failed';
 COMMENT ON FUNCTION @extschema@.ir_async_retry(bigint) IS 'bring a failed or cancelled job back';
 COMMENT ON FUNCTION @extschema@.ir_async_call_many(jsonb) IS 'enqueue jobs given as objects of ir_async_call''s arguments';
 COMMENT ON FUNCTION @extschema@.ir_async_schedule(text, text, text, jsonb, jsonb, text, text, jsonb, text, integer, integer,

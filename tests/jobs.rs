@@ -592,6 +592,42 @@ fn a_job_waits_for_those_it_depends_on() {
 }
 
 #[test]
+fn a_chain_of_jobs_goes_on_however_many_wait_behind_it() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_chain");
+    sql.batch_execute(
+        "CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1';
+         CREATE TABLE never AS SELECT ir_async_call('one', run_at => now() + interval '1 day') AS id;
+         CREATE TABLE first AS SELECT ir_async_call('one', run_at => now() + interval '1 day') AS id;
+         CREATE TABLE last AS SELECT id FROM first;
+         DO $$ BEGIN
+             FOR n IN 1..40 LOOP
+                 UPDATE last SET id = ir_async_call('one', depends_on => ARRAY[id]);
+             END LOOP;
+         END $$;
+         SELECT ir_async_call('one', depends_on => ARRAY[id]) FROM never, generate_series(1, 2500)",
+    )
+    .unwrap();
+    sql.batch_execute("UPDATE ir_async SET run_at = now() WHERE id = (SELECT id FROM first)").unwrap();
+    let last = number(&mut sql, "(SELECT id FROM last)");
+    assert_eq!(ended(&mut sql, last)["state"], "succeeded");
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE NOT ready)"), 2500);
+}
+
+#[test]
+fn who_changes_a_job_that_its_snapshot_does_not_have_is_told_to_try_again() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_unseen");
+    let mut other = cluster.connect("j_unseen");
+    other.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM pg_class").unwrap();
+    let id = call(&mut sql, "'pg_catalog.now', run_at => now() + interval '1 day'");
+    assert_eq!(refusal(other.query("SELECT ir_async_cancel($1)", &[&id])), "40001");
+    other.batch_execute("ROLLBACK").unwrap();
+    assert!(other.query_one("SELECT ir_async_cancel($1)", &[&id]).unwrap().get::<_, bool>(0));
+    assert_eq!(refusal(other.query("SELECT ir_async_cancel($1)", &[&(id + 1000)])), "42704");
+}
+
+#[test]
 fn a_job_never_runs_for_want_of_what_it_depends_on() {
     let cluster = shared();
     let mut sql = cluster.database("j_wants");

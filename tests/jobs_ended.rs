@@ -198,7 +198,15 @@ fn what_has_ended_is_deleted_after_its_retention_and_what_failed_is_kept() {
     let left = "(SELECT jsonb_agg(id ORDER BY id) FROM ir_async)";
     eventually("the old ones are deleted", || value(&mut sql, left) == json!([failed, waiting, young]));
     assert!(is(&mut sql, &format!("ir_async_retry({failed})")));
-    comes_to(&mut sql, failed, "failed");
+    let before = comes_to(&mut sql, failed, "failed");
+    // Or discarded.
+    assert!(is(&mut sql, &format!("ir_async_cancel({failed})")));
+    let after = value(&mut sql, &format!("ir_async_status({failed})"));
+    assert_eq!((&after["state"], &after["payload"]), (&json!("cancelled"), &before["payload"]));
+    assert!(!is(&mut sql, &format!("ir_async_cancel({failed})")));
+    sql.execute("UPDATE ir_async SET finished_at = now() - interval '4 days' WHERE id = $1", &[&failed]).unwrap();
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    eventually("it is deleted", || value(&mut sql, left) == json!([waiting, young]));
 }
 
 #[test]

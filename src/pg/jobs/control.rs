@@ -68,11 +68,18 @@ pub(super) fn has_rights(role: pg_sys::Oid) -> bool {
     unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), role) }
 }
 
-/// Why a job is not changed: it is not there, or somebody else's.
+/// Why a job is not changed: it is not there, or somebody else's, or not to be seen by the transaction's snapshot.
 fn refused(id: i64, is_there: bool, rule: &str) -> pg_sys::panic::ErrorReport {
     if is_there {
         let message = format!("permission denied for job {id}");
         return report(PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE, &message, rule, "");
+    }
+    let now = sql::as_of_now(|| on_table("SELECT true FROM TABLE WHERE id = $1", &[id.into()], |_| Ok(())));
+    if now.is_ok_and(|found| !found.is_empty()) {
+        let message = format!("job {id} is not to be seen by the snapshot of this transaction");
+        let detail = "It was enqueued, or has changed its table, since the snapshot was taken.";
+        let hint = "Retry the transaction.";
+        return report(PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE, &message, detail, hint);
     }
     let message = format!("job {id} does not exist");
     let detail = "Finished jobs are deleted after imbus.job_retention.";
@@ -99,12 +106,13 @@ fn own(id: i64) -> Outcome<Known> {
     known.map(|(_, known)| known).ok_or_else(|| refused(id, is_there, "Only the role that enqueued a job changes it."))
 }
 
-/// Ends a job: one that waits is `cancelled` with this transaction; one that a runner works on is stopped at once,
-/// whatever becomes of this transaction, and its effect undone. False when it has ended already. Errors: 42704, 42501.
+/// Ends a job: one that waits, or has failed and might be brought back, is `cancelled` with this transaction; one that a runner
+/// works on is stopped at once, whatever becomes of this transaction, and its effect undone. False when it has ended otherwise
+/// already. Errors: 42704, 42501.
 pub fn cancel(id: i64) -> Outcome<bool> {
     loop {
         let known = own(id)?;
-        if !matches!(known.state.as_str(), "created" | "processing") {
+        if !matches!(known.state.as_str(), "created" | "processing" | "failed") {
             return Ok(false);
         }
         if let (Some(token), Some(shared)) = (&known.token, shared::get())
