@@ -162,6 +162,7 @@ CREATE INDEX ir_async_3_processing_index ON @extschema@.ir_async_3 (token, id) W
 CREATE INDEX ir_async_3_finished_index ON @extschema@.ir_async_3 (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX ir_async_3_user_index ON @extschema@.ir_async_3 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
 CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
+CREATE INDEX ir_async_depends_on_index ON @extschema@.ir_async USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
 CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX imbus_schedule_next_run_index ON @extschema@.imbus_schedule (next_run);

@@ -614,6 +614,26 @@ fn a_chain_of_jobs_goes_on_however_many_wait_behind_it() {
     assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE NOT ready)"), 2500);
 }
 
+/// Each end frees one, and they end faster than the worker looks.
+#[test]
+fn a_thousand_jobs_that_each_wait_for_another_all_run() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_pairs");
+    sql.batch_execute(
+        "CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1';
+         CREATE TABLE pairs AS SELECT ir_async_call('one', run_at => now() + interval '1 day') AS id FROM generate_series(1, 1000);
+         CREATE TABLE second AS SELECT ir_async_call('one', depends_on => ARRAY[id]) AS id FROM pairs;
+         CREATE TABLE all_of AS SELECT ir_async_call('one', depends_on => array_agg(id)) AS id FROM second;
+         UPDATE ir_async SET run_at = now() WHERE id IN (SELECT id FROM pairs)",
+    )
+    .unwrap();
+    let last = number(&mut sql, "(SELECT id FROM all_of)");
+    assert_eq!(ended(&mut sql, last)["state"], "succeeded");
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state = 'succeeded')"), 2001);
+    let order = "SELECT count(*) FROM ir_async s JOIN ir_async f ON f.id = ANY (s.depends_on) WHERE s.claimed_at < f.finished_at";
+    assert_eq!(number(&mut sql, &format!("({order})")), 0);
+}
+
 #[test]
 fn who_changes_a_job_that_its_snapshot_does_not_have_is_told_to_try_again() {
     let cluster = shared();

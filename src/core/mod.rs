@@ -2,6 +2,7 @@
 //! It knows neither PostgreSQL nor sockets, reads no clock (time is an argument) and starts no thread.
 
 pub mod channel;
+pub mod ends;
 pub mod error;
 pub mod granted;
 pub mod hub;

@@ -34,8 +34,15 @@ pub struct Dispatcher {
     next: Instant,
     /// When to look for orphans even if nobody says that there are some.
     next_rescue: Instant,
-    /// The look at blocked jobs that is not at their end.
+    /// How many ends of jobs it has heard of (`Ends`).
+    ends: u64,
+    /// The look at all blocked jobs that goes on.
     round: Option<Round>,
+    /// When another one begins, and whether it is to do so as soon as that has ended.
+    next_round: Instant,
+    is_round_due: bool,
+    /// There may be blocked jobs, but for those that have come since.
+    are_blocked: bool,
     /// A look at the lanes is not taken before: each leaves others many times what it took.
     next_look: Instant,
 }
@@ -45,8 +52,6 @@ pub struct Dispatcher {
 struct Round {
     /// The last one it has looked at.
     after: i64,
-    /// How many jobs had ended when it began.
-    ended: u64,
     /// There was one that stays so.
     are_blocked: bool,
 }
@@ -71,7 +76,11 @@ impl Dispatcher {
             began: worker::now(),
             next: now,
             next_rescue: now,
+            ends: 0,
             round: None,
+            next_round: now,
+            is_round_due: true,
+            are_blocked: true,
             next_look: now,
         }
     }
@@ -118,7 +127,7 @@ impl Dispatcher {
             Ok(waiting) => waiting,
             Err(failure) => {
                 // Nothing of it has happened.
-                self.round = None;
+                (self.round, self.is_round_due) = (None, true);
                 pgrx::warning!("imbus could not look for jobs: {failure}");
                 return Vec::new();
             }
@@ -157,35 +166,54 @@ impl Dispatcher {
         self.next = self.next.min(at);
     }
 
-    /// Lets blocked jobs wait in their lanes whose dependencies have ended: looks at as many as it has time for, and next time
-    /// goes on from there.
+    /// Lets blocked jobs wait in their lanes whose dependencies have ended: those that waited for what has just ended; and from time
+    /// to time, or when others have come, all, as many at once as there is time for.
     fn release(&mut self) -> super::report::Outcome<()> {
-        let slot = self.shared.database(self.database);
-        let ended = || slot.map_or(0, |slot| slot.ended());
-        // Before the look: an end that it does not see any more wakes this worker.
-        slot.into_iter().for_each(|slot| slot.await_ends(true));
-        let until = Instant::now() + RELEASING;
-        loop {
-            let round = *self.round.get_or_insert_with(|| Round { after: 0, ended: ended(), are_blocked: false });
-            let blocked = jobs::release(round.after)?;
-            let are_blocked = round.are_blocked || blocked.are_there;
-            let Some(after) = blocked.next else {
-                self.round = None;
-                if are_blocked && ended() != round.ended && round.after > 0 {
-                    // One that it had passed may have waited for one of these.
-                    self.look_by(Instant::now());
-                }
-                if !are_blocked && guc::queues().is_empty() {
-                    slot.into_iter().for_each(|slot| slot.await_ends(false));
-                }
-                return Ok(());
-            };
-            self.round = Some(Round { after, are_blocked, ..round });
-            if Instant::now() >= until {
+        let Some(slot) = self.shared.database(self.database) else { return Ok(()) };
+        if !guc::queues().is_empty() {
+            slot.await_ends(true);
+        }
+        let (ended, read) = slot.ends.since(self.ends);
+        self.ends = read;
+        let is_enough = match ended {
+            _ if !self.are_blocked => true,
+            Some(ended) if ended.is_empty() => true,
+            Some(ended) => jobs::release_after(ended)?,
+            None => false,
+        };
+        if slot.blocked.swap(false, Ordering::SeqCst) || !is_enough {
+            // The one that goes on has passed some already.
+            self.is_round_due = true;
+        }
+        let now = Instant::now();
+        if self.round.is_none() && (self.is_round_due || now >= self.next_round) {
+            self.is_round_due = false;
+            self.round = Some(Round { after: 0, are_blocked: false });
+            self.are_blocked = true;
+            // Before the look: of an end that it does not see any more this worker hears.
+            slot.await_ends(true);
+        }
+        while let Some(round) = self.round {
+            if now.elapsed() >= RELEASING {
                 self.look_by(Instant::now());
                 return Ok(());
             }
+            let blocked = jobs::release(round.after)?;
+            let are_blocked = round.are_blocked || blocked.are_there;
+            self.round = blocked.next.map(|after| Round { after, are_blocked });
+            if self.round.is_none() {
+                self.next_round = Instant::now() + LOOKOUT;
+                self.are_blocked = are_blocked;
+                if !are_blocked && guc::queues().is_empty() {
+                    slot.await_ends(false);
+                }
+            }
         }
+        if self.is_round_due {
+            self.look_by(Instant::now());
+        }
+        self.look_by(self.next_round);
+        Ok(())
     }
 
     fn mine(&self) -> impl Iterator<Item = (usize, &'static RunnerSlot)> {

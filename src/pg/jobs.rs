@@ -12,7 +12,7 @@ mod rotation;
 
 pub use claims::{
     Company, Locked, Mark, Room, Work, company, count_due, lanes, left, lock_first, lock_limits, lock_offered,
-    processing, read, release, take,
+    processing, read, release, release_after, take,
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{

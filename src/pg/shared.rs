@@ -5,6 +5,7 @@
 mod runners;
 
 use super::worker;
+use crate::core::ends::Ends;
 use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgAtomic, pg_shmem_init};
 use std::cell::Cell;
@@ -100,8 +101,11 @@ pub struct DatabaseSlot {
     news: AtomicU64,
     /// Jobs wait for others to end: for their own sake, or since their queue has a limit.
     awaits_ends: AtomicBool,
-    /// How many jobs have ended.
+    /// How many jobs have ended, and which, as far as others wait for that.
     ended: AtomicU64,
+    pub ends: Ends,
+    /// A job was enqueued, or brought back, that waits for others to end.
+    pub blocked: AtomicBool,
     /// Which of the tables in which jobs wait and run by turns fills, counted from 0.
     filling: AtomicU32,
     /// Jobs of this database that Odoo works on, and whether others wait for it.
@@ -138,11 +142,6 @@ impl DatabaseSlot {
     /// Whether some job waits for others to end.
     pub fn await_ends(&self, awaits: bool) {
         self.awaits_ends.store(awaits, Ordering::SeqCst);
-    }
-
-    /// How many jobs have ended since the server started.
-    pub fn ended(&self) -> u64 {
-        self.ended.load(Ordering::Relaxed)
     }
 
     /// Which table fills (`core::rotation`).
@@ -375,13 +374,18 @@ impl Shared {
         self.runners.iter().filter(goes_on).count() >= places
     }
 
-    /// So many jobs have ended. Whether the worker of the database is to look: some may wait for that, or there are many by
+    /// These jobs have ended. Whether the worker of the database is to look: some may wait for that, or there are many by
     /// now, whose tables are to be looked after. Never fails.
-    pub fn has_ended(&self, oid: u32, jobs: usize) -> bool {
+    pub fn has_ended(&self, oid: u32, jobs: &[i64]) -> bool {
         let Some(slot) = self.database(oid) else { return false };
-        let before = slot.ended.fetch_add(jobs as u64, Ordering::Relaxed);
-        let after = before.wrapping_add(jobs as u64);
-        slot.awaits_ends.load(Ordering::SeqCst) || before / MANY != after / MANY
+        let count = jobs.len() as u64;
+        let before = slot.ended.fetch_add(count, Ordering::Relaxed);
+        let after = before.wrapping_add(count);
+        let is_awaited = slot.awaits_ends.load(Ordering::SeqCst);
+        if is_awaited {
+            slot.ends.put(jobs);
+        }
+        is_awaited || before / MANY != after / MANY
     }
 
     /// Wakes the worker of a database: there may be jobs to run. Never fails.

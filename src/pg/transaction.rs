@@ -253,6 +253,15 @@ pub fn along_indexes<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     result
 }
 
+/// The same along indexes that are read as bitmaps only.
+pub fn along_bitmaps<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    along_indexes(|| {
+        // Until `along_indexes` ends.
+        set(c"enable_bitmapscan", c"on", pg_sys::GucAction::GUC_ACTION_SAVE);
+        work()
+    })
+}
+
 /// Runs statements that join by hashing: the planner takes a parameter's array for a short one.
 pub fn by_hashing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     without_settings(|| {

@@ -4,7 +4,8 @@
 
 use super::{dispatcher, ring, shared, worker};
 use pgrx::prelude::*;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::Ordering;
 
 thread_local! {
     static ENQUEUED: Cell<bool> = const { Cell::new(false) };
@@ -12,7 +13,8 @@ thread_local! {
     static PLAIN: Cell<(u32, i64)> = const { Cell::new((0, 0)) };
     /// When the first of the jobs is to start that are to wait, in microseconds since 2000.
     static LATER: Cell<i64> = const { Cell::new(i64::MAX) };
-    static ENDED: Cell<usize> = const { Cell::new(0) };
+    static ENDED: RefCell<Vec<i64>> = const { RefCell::new(Vec::new()) };
+    static BLOCKED: Cell<bool> = const { Cell::new(false) };
     static EXTENSION: Cell<bool> = const { Cell::new(false) };
     static HOLDING: Cell<bool> = const { Cell::new(false) };
     static OWNER: Cell<u32> = const { Cell::new(0) };
@@ -36,9 +38,15 @@ pub fn enqueued_for_later(start: i64) {
     LATER.set(LATER.get().min(start));
 }
 
-/// The running transaction has ended so many jobs of this database: others may have waited for that.
-pub fn ended(jobs: usize) {
-    ENDED.set(ENDED.get() + jobs);
+/// The running transaction has enqueued or brought back a job of this database that waits for others to end.
+pub fn enqueued_blocked() {
+    BLOCKED.set(true);
+    ENQUEUED.set(true);
+}
+
+/// The running transaction has ended these jobs of this database: others may have waited for that.
+pub fn ended(jobs: &[i64]) {
+    ENDED.with_borrow_mut(|ended| ended.extend_from_slice(jobs));
 }
 
 /// The running transaction has created or dropped an extension or a database.
@@ -93,13 +101,19 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             // SAFETY: a plain global.
             let database = u32::from(unsafe { pg_sys::MyDatabaseId });
             let published = ring::committed(database);
-            let (enqueued, ended, extension) = (ENQUEUED.take(), ENDED.take(), EXTENSION.take());
+            let (enqueued, blocked, extension) = (ENQUEUED.take(), BLOCKED.take(), EXTENSION.take());
             let enqueued = enqueued | is_soon(LATER.replace(i64::MAX));
-            if enqueued {
-                shared::get().and_then(|shared| shared.database(database)).into_iter().for_each(|slot| slot.add_news());
+            if enqueued && let Some(slot) = shared::get().and_then(|shared| shared.database(database)) {
+                slot.add_news();
+                slot.blocked.fetch_or(blocked, Ordering::SeqCst);
             }
             let enqueued = enqueued | !is_taken(database, PLAIN.take());
-            let ended = ended > 0 && shared::get().is_some_and(|shared| shared.has_ended(database, ended));
+            let ended = ENDED.with_borrow_mut(|jobs| {
+                let is_to_look =
+                    !jobs.is_empty() && shared::get().is_some_and(|shared| shared.has_ended(database, jobs));
+                jobs.clear();
+                is_to_look
+            });
             if published || enqueued || ended || extension {
                 tell(database, published, enqueued || ended, extension);
             }
@@ -112,7 +126,8 @@ unsafe extern "C-unwind" fn at_end(event: pg_sys::XactEvent::Type, _arg: *mut st
             }
             ring::forget();
             ENQUEUED.set(false);
-            ENDED.set(0);
+            ENDED.with_borrow_mut(Vec::clear);
+            BLOCKED.set(false);
             PLAIN.set((0, 0));
             LATER.set(i64::MAX);
             EXTENSION.set(false);
@@ -143,7 +158,7 @@ fn is_soon(start: i64) -> bool {
 /// Has the worker of a database look again whether it has the extension, and who owns it.
 fn recheck(database: u32) {
     if let Some(slot) = shared::get().and_then(|shared| shared.database(database)).filter(|_| database != 0) {
-        slot.recheck.store(true, std::sync::atomic::Ordering::Release);
+        slot.recheck.store(true, Ordering::Release);
         slot.process.wake();
     }
 }
@@ -152,7 +167,7 @@ fn release() {
     if let Some(shared) = shared::get() {
         // SAFETY: a plain global.
         shared.release(unsafe { pg_sys::MyProcPid });
-        shared.rescan.store(true, std::sync::atomic::Ordering::Release);
+        shared.rescan.store(true, Ordering::Release);
         shared.gateway.wake();
     }
 }

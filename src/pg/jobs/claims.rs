@@ -2,12 +2,12 @@
 //! and priority, in the order of their times; the index of waiting jobs begins with these, so that a look at the heads of
 //! all lanes, and a claim from one of them, cost the same however many jobs wait in them or beside them.
 
-use super::{Claimed, Place, Token, on_named, on_table, rows_changed, table};
+use super::{Claimed, Place, Token, on_named, on_table, rows_changed, table, through_table};
 use crate::core::job::{self, Lane};
 use crate::core::queues::Limits;
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal};
-use crate::pg::transaction::in_passing;
+use crate::pg::transaction::{along_bitmaps, in_passing};
 use crate::pg::{ffi, guc, sql, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
@@ -312,36 +312,59 @@ fn is_gone(id: i64, oldest: u64) -> bool {
 }
 
 /// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. They are in the table itself.
-/// Looks at some, those with ids above `after`. One that is not there has ended well and was deleted, or its transaction goes
-/// on still.
+/// Looks at some, those with ids above `after`.
 pub fn release(after: i64) -> Outcome<Blocked> {
-    let text = "SELECT b.id, d.are_well, d.are_there,
-                       pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint
-                  FROM (SELECT c.id, c.depends_on FROM ONLY TABLE c WHERE c.state = 'created' AND NOT c.ready AND c.id > $1
-                         ORDER BY c.id LIMIT $2) b
-                 CROSS JOIN LATERAL (
-                       SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
-                              COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
-                         FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d
-                 ORDER BY b.id";
-    let read = |row: &sql::Row| {
-        let (id, oldest) = (row.need::<i64>(1)?, row.need::<i64>(4)?.cast_unsigned());
-        Ok((id, row.need(2)? && (row.need(3)? || is_gone(id, oldest))))
-    };
-    let seen: Vec<(i64, bool)> = on_table(text, &[after.into(), BLOCKED.into()], read)?;
+    let text = blocked("c.state = 'created' AND c.id > $1 ORDER BY c.id");
+    let seen = on_table(&text, &[after.into(), BLOCKED.into()], judged)?;
+    let are_there = free(&seen)?;
+    let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
+    let next = seen.iter().map(|(id, _)| *id).max().filter(|_| !is_last);
+    if next.is_none() {
+        // Those that are not blocked any more, for whatever reason, are forgotten.
+        UNSURE.with_borrow_mut(|unsure| unsure.retain(|_, (_, is_seen)| std::mem::take(is_seen)));
+    }
+    Ok(Blocked { next, are_there })
+}
+
+/// The same of those that wait for one of these jobs. False when there were more of them than were looked at.
+pub fn release_after(ended: Vec<i64>) -> Outcome<bool> {
+    let text = blocked("c.depends_on && $1");
+    let seen = along_bitmaps(|| through_table(&text, &[], &[ended.into(), BLOCKED.into()], judged))?;
+    free(&seen)?;
+    Ok(i64::try_from(seen.len()).unwrap_or(0) < BLOCKED)
+}
+
+/// Reads blocked jobs: their ids, whether all that they depend on has ended well, whether all of it is there. One that is not there
+/// has ended well and was deleted, or its transaction goes on still. `which` is found along one index, and so says nothing of the
+/// state where that is not the index of this state.
+fn blocked(which: &str) -> String {
+    format!(
+        "SELECT b.id, d.are_well, d.are_there, pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint
+           FROM (SELECT c.id, c.depends_on, c.state FROM ONLY TABLE c WHERE NOT c.ready AND {which} LIMIT $2) b
+          CROSS JOIN LATERAL (
+                SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
+                       COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
+                  FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d
+          WHERE b.state = 'created'"
+    )
+}
+
+/// A blocked job's id, and whether it is free.
+fn judged(row: &sql::Row) -> Outcome<(i64, bool)> {
+    let (id, oldest) = (row.need::<i64>(1)?, row.need::<i64>(4)?.cast_unsigned());
+    Ok((id, row.need(2)? && (row.need(3)? || is_gone(id, oldest))))
+}
+
+/// Lets those wait in their lanes that are free. Whether others stay blocked.
+fn free(seen: &[(i64, bool)]) -> Outcome<bool> {
     let free: Vec<i64> = seen.iter().filter(|(_, is_free)| *is_free).map(|(id, _)| *id).collect();
+    let others_stay = free.len() < seen.len();
     if !free.is_empty() {
         let text = "UPDATE ONLY TABLE SET ready = true WHERE id IN (SELECT c.id FROM ONLY TABLE c WHERE c.id = ANY($1)
                        AND c.state = 'created' AND NOT c.ready FOR UPDATE SKIP LOCKED) RETURNING id";
         on_table(text, &[free.into()], |_| Ok(()))?;
     }
-    let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
-    let next = seen.last().map(|(id, _)| *id).filter(|_| !is_last);
-    if next.is_none() {
-        // Those that are not blocked any more, for whatever reason, are forgotten.
-        UNSURE.with_borrow_mut(|unsure| unsure.retain(|_, (_, is_seen)| std::mem::take(is_seen)));
-    }
-    Ok(Blocked { next, are_there: seen.iter().any(|(_, is_free)| !is_free) })
+    Ok(others_stay)
 }
 
 /// A job that is `processing`, for a worker that asks who still works on it.

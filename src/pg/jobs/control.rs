@@ -168,7 +168,7 @@ pub fn retry(id: i64) -> Outcome<bool> {
                            write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                      WHERE id = $1 AND state IN ('failed', 'cancelled')";
         if change_and_tell(text, &[known.place.name()], &[id.into()])? > 0 {
-            wake::enqueued();
+            wake::enqueued_blocked();
             return Ok(true);
         }
         // Somebody else has just brought it back, or it has another table.

@@ -56,7 +56,7 @@ pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>)
     let args = [claimed.id.into(), Text(claimed.token.clone()).into(), Text(state).into(), payload.into()];
     let is_ended = end(place, "j.id = $1 AND j.token = $2 AND j.state = 'processing'", "", &changes, &args)? > 0;
     if is_ended {
-        wake::ended(1);
+        wake::ended(&[claimed.id]);
     }
     Ok(is_ended)
 }
@@ -72,13 +72,13 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
     let ids: Vec<i64> = results.iter().map(|(id, _)| *id).collect();
     let payload = |result: &Option<String>| result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#));
     let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result)).collect();
-    let args = [ids.into(), payloads.into(), Text(token.clone()).into()];
+    let args = [ids.clone().into(), payloads.into(), Text(token.clone()).into()];
     let mut changed = by_hashing(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
     if changed < results.len() {
         // They may have been moved since (`rotation`).
         changed += by_hashing(|| end(&Place::anywhere()?, condition, given, &changes, &args))?;
     }
-    wake::ended(results.len());
+    wake::ended(&ids);
     Ok(changed == results.len())
 }
 
@@ -144,12 +144,11 @@ pub fn fail(claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
 /// The same in this table; false when the job is not there.
 pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outcome<bool> {
     let text = "SELECT attempts, max_attempts FROM PLACE WHERE id = $1 AND token = $2 FOR NO KEY UPDATE";
-    let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let attempts = on_named(text, &[place.name()], &key(), |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
+    let key = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let attempts = on_named(text, &[place.name()], &key, |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
     let Some((attempts, max_attempts)) = attempts.into_iter().next() else { return Ok(false) };
-    let [id, token] = key();
     let state = if failed.is_final { State::Failed } else { job::after_failure(attempts, max_attempts) };
-    end_attempt(place, state, id, token, &failed.payload, &failed.text, true)?;
+    end_attempt(place, state, claimed, &failed.payload, &failed.text, true)?;
     Ok(true)
 }
 
@@ -159,22 +158,19 @@ pub fn runner_died(claimed: &Claimed) -> Outcome<()> {
     let text = "UPDATE TABLE SET deaths = deaths + 1, attempts = attempts - 1
                  WHERE token = $2 AND id = (SELECT id FROM TABLE WHERE id = $1 AND token = $2 AND state = 'processing'
                                FOR NO KEY UPDATE SKIP LOCKED) RETURNING deaths";
-    let key = || [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let [id, token] = key();
-    let deaths = on_table(text, &[id, token], |row| row.need::<i32>(1))?;
+    let key = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let deaths = on_table(text, &key, |row| row.need::<i32>(1))?;
     let Some(deaths) = deaths.into_iter().next() else { return Ok(()) };
     let message = format!("the runner died {deaths} times in this job");
     let payload = job::error_payload("runner_died", &message, None, None);
-    let [id, token] = key();
-    end_attempt(&Place::anywhere()?, job::after_death(deaths), id, token, &payload, &message, false)
+    end_attempt(&Place::anywhere()?, job::after_death(deaths), claimed, &payload, &message, false)
 }
 
 /// Ends an attempt where the job is: a row that Odoo has locked as its own (`begin`) could not be moved.
 fn end_attempt(
     place: &Place,
     state: State,
-    id: DatumWithOid<'_>,
-    token: DatumWithOid<'_>,
+    claimed: &Claimed,
     payload: &str,
     traceback: &str,
     delayed: bool,
@@ -199,8 +195,8 @@ fn end_attempt(
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
                  WHERE id = $1 AND token = $2 AND state = 'processing'";
     let args = [
-        id,
-        token,
+        claimed.id.into(),
+        Text(claimed.token.clone()).into(),
         Text(state.as_str().to_owned()).into(),
         JsonbText(payload.to_owned()).into(),
         Text(traceback.to_owned()).into(),
@@ -210,7 +206,7 @@ fn end_attempt(
     if state.is_unfinished() {
         wake::enqueued()
     } else {
-        wake::ended(1)
+        wake::ended(&[claimed.id])
     }
     Ok(())
 }

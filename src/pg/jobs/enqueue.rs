@@ -173,6 +173,7 @@ fn check_dependencies(table: &Table, ids: Vec<i64>) -> Outcome<()> {
 /// Wakes whom a new job concerns at the commit, and notifies.
 fn tell_of(new: &New, id: i64) -> Outcome<()> {
     match new.run_at {
+        _ if !new.is_ready() => wake::enqueued_blocked(),
         Some(start) => wake::enqueued_for_later(start.into_inner()),
         None if new.is_plain() => wake::enqueued_for(u32::from(new.role), id),
         None => wake::enqueued(),
@@ -315,7 +316,7 @@ fn ir_async_inserted<'a>(trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgH
     let Some(new) = trigger.new() else { return Ok(None) };
     let mut tuple = new.into_owned();
     if !ENQUEUEING.get() {
-        wake::enqueued();
+        wake::enqueued_blocked();
         // Raised here: pgrx turns an Err of a trigger function into a panic's text.
         disown(&mut tuple).unwrap_or_report();
         check(&tuple).unwrap_or_report();
