@@ -16,18 +16,20 @@ const asyncRpc = (page, call) =>
     try {
       return { result: await odoo.__WOWL_DEBUG__.root.env.services.async_job.asyncRpc(call) };
     } catch (error) {
-      return { error: { name: error.name, exceptionName: error.exceptionName, message: error.data?.message } };
+      return { error: { name: error.name, exceptionName: error.exceptionName, message: error.data?.message ?? error.message } };
     }
   }, call);
+
+async function openPartners(page) {
+  await page.goto(`${A}/odoo/action-base.action_partner_form?view_type=list`);
+  await page.waitForSelector('.o_main_navbar', { timeout: PATIENCE });
+}
 
 before(async () => {
   browser = await launch();
   admin = await login(A);
   second = await admin.context().newPage();
-  for (const page of [admin, second]) {
-    await page.goto(`${A}/odoo/action-base.action_partner_form?view_type=list`);
-    await page.waitForSelector('.o_main_navbar', { timeout: PATIENCE });
-  }
+  for (const page of [admin, second]) await openPartners(page);
 });
 after(() => browser?.close());
 
@@ -53,28 +55,60 @@ test('a job that ends before its enqueueing is answered is not missed, nor are m
   assert.deepEqual(results, Array.from({ length: 20 }, (_, index) => index % 2));
 });
 
+/** Opens the export dialog for all records of the list. */
+async function openExport(page) {
+  await page.waitForSelector('.o_list_view .o_data_row', { timeout: PATIENCE });
+  await page.check('.o_list_view thead .o_list_record_selector input');
+  await page.click('.o_cp_action_menus .dropdown-toggle');
+  await page.click('.o-dropdown--menu .o-dropdown-item:has-text("Export")');
+  await page.waitForSelector('.o_export_data_dialog .o_export_field', { timeout: PATIENCE });
+}
+
+/** Opens the systray's list in both tabs, where there is one job in this state; what waits below is about that one. */
+async function openSystrays(state) {
+  for (const page of [admin, second]) {
+    await page.click('.o_async_jobs_toggle', { timeout: PATIENCE });
+    await page.waitForSelector(`.o_async_job[data-state=${state}]`, { timeout: PATIENCE });
+  }
+}
+
+/** Both tabs list no job any more. */
+async function noSystrays() {
+  for (const page of [admin, second]) {
+    await page.waitForSelector('.o_async_jobs_toggle', { state: 'detached', timeout: PATIENCE });
+  }
+}
+
 test('an export goes from the button to the file, and is gone from all tabs', async () => {
-  await admin.waitForSelector('.o_list_view .o_data_row', { timeout: PATIENCE });
-  await admin.click('.o_list_view thead .o_list_record_selector input');
-  await admin.click('.o_cp_action_menus .dropdown-toggle');
-  await admin.click('.o-dropdown--menu .o-dropdown-item:has-text("Export")');
-  await admin.waitForSelector('.o_export_data_dialog .o_export_field', { timeout: PATIENCE });
+  await openExport(admin);
   await picture(admin, 'odoo-async-export');
   await admin.click('.o_async_export');
   // The page is free at once.
   await admin.waitForSelector('.o_export_data_dialog', { state: 'detached', timeout: PATIENCE });
-  for (const page of [admin, second]) {
-    await page.click('.o_async_jobs_toggle', { timeout: PATIENCE });
-    await page.waitForSelector('.o_async_job[data-state=succeeded]', { timeout: PATIENCE });
-  }
+  await openSystrays('succeeded');
   await admin.waitForSelector('.o_notification', { state: 'detached', timeout: PATIENCE });
   await picture(admin, 'odoo-async-systray');
   const [download] = await Promise.all([admin.waitForEvent('download'), admin.click('.o_async_job_open')]);
   assert.match(download.suggestedFilename(), /res\.partner.*\.xlsx$/);
   assert.equal(readFileSync(await download.path()).subarray(0, 2).toString(), 'PK');
-  for (const page of [admin, second]) {
-    await page.waitForSelector('.o_async_jobs_toggle', { state: 'detached', timeout: PATIENCE });
-  }
+  await noSystrays();
+});
+
+test('an export that can be imported again has external ids, and the names of fields', async () => {
+  await openExport(admin);
+  await admin.check('#o-update-data');
+  await admin.check('#o_radiocsv');
+  await admin.click('.o_async_export');
+  await admin.click('.o_async_jobs_toggle', { timeout: PATIENCE });
+  const [download] = await Promise.all([
+    admin.waitForEvent('download', { timeout: PATIENCE }),
+    admin.click('.o_async_job[data-state=succeeded] .o_async_job_open', { timeout: PATIENCE }),
+  ]);
+  const [header, ...rows] = readFileSync(await download.path(), 'utf8').trim().split(/\r?\n/);
+  assert.match(header, /^"id"(,"[a-z_/]+")+$/);
+  assert.match(rows.join('\n'), /^"base\.main_partner",/m);
+  assert.equal(sql("SELECT queue FROM ir_async WHERE method = '_export' ORDER BY id DESC LIMIT 1"), 'root.export');
+  await noSystrays();
 });
 
 /** Keeps a partner locked until it is let go: a job that writes it goes on so long. */
@@ -100,6 +134,52 @@ test('the promise of a job that ends while the bus is away is kept', async () =>
   await letGo();
   assert.deepEqual(await promise, { result: true });
   assert.equal(sql(`SELECT name FROM res_partner WHERE id = ${id}`), 'Written');
+});
+
+test('a promise is kept where no notification comes', { timeout: 2 * PATIENCE }, async () => {
+  const page = await admin.context().newPage();
+  await openPartners(page);
+  await page.evaluate(() => {
+    odoo.__WOWL_DEBUG__.root.env.services.bus_service.stop();
+    const { browser } = odoo.loader.modules.get('@web/core/browser/browser');
+    const { setTimeout } = browser;
+    // Its next question comes when the test says so.
+    browser.setTimeout = (callback, delay) => (delay === 15_000 ? (window.ask = callback) && 0 : setTimeout(callback, delay));
+  });
+  const ask = async () => {
+    await page.waitForFunction(() => window.ask, null, { timeout: PATIENCE });
+    await page.evaluate(() => {
+      const { ask } = window;
+      window.ask = null;
+      ask();
+    });
+  };
+  const call = { model: 'res.partner', method: 'search_count', args: [[['id', '=', 3]]] };
+  const succeeded = "FROM ir_async WHERE method = 'search_count' AND state = 'succeeded'";
+  const ended = () => until('the job has ended', () => sql(`SELECT id ${succeeded}`));
+  const done = () => until('it is done', () => sql(`SELECT count(*) ${succeeded}`) === '0');
+  await done();
+  const kept = asyncRpc(page, call);
+  await ended();
+  await ask();
+  assert.deepEqual(await kept, { result: 1 });
+  await done();
+  const lost = asyncRpc(page, call);
+  sql(`DELETE FROM ir_async WHERE id = ${await ended()}`);
+  await ask();
+  assert.equal((await lost).error.message, 'The job is not kept any more.');
+  await page.close();
+});
+
+test('a job that has failed without data rejects its promise all the same', { timeout: PATIENCE }, async () => {
+  const partner = sql("INSERT INTO res_partner (name, active) VALUES ('Broken', true) RETURNING id");
+  const letGo = await locked(partner);
+  const promise = asyncRpc(admin, { model: 'res.partner', method: 'write', args: [[Number(partner)], { name: 'No' }] });
+  const fail = `SELECT id FROM ir_async, ir_async_fail(id, token, '"it broke"') WHERE res_ids = '[${partner}]' AND state = 'processing'`;
+  await until('the job is at work', () => sql(fail));
+  const { error } = await promise;
+  assert.deepEqual([error.name, error.message], ['RPC_ERROR', 'it broke']);
+  await letGo();
 });
 
 test('a job that meets a change made beside it is made again, within its one attempt', async () => {
@@ -131,12 +211,39 @@ test('the systray shows how far a job is, and cancels it', async () => {
   await second.waitForSelector('.o_async_job .progress[aria-valuenow="40"]', { timeout: PATIENCE });
   await second.waitForSelector('.o_async_job:has-text("four of ten")', { timeout: PATIENCE });
   await picture(second, 'odoo-async-progress');
-  await second.click('.o_async_job_cancel');
+  await second.click('.o_async_job_remove');
   const { error } = await promise;
   assert.equal(error.message, 'The job was cancelled.');
   await letGo();
   await second.waitForSelector('.o_async_jobs_toggle', { state: 'detached', timeout: PATIENCE });
   assert.equal(sql(`SELECT name FROM res_partner WHERE id = ${id}`), 'Slow');
+});
+
+test('a result that nobody wants to open is removed from all tabs', async () => {
+  const call = { model: 'res.partner', method: 'search_count', args: [[['id', '=', 3]]], description: 'Counted' };
+  assert.equal((await asyncRpc(admin, call)).result, 1);
+  await openSystrays('succeeded');
+  await second.click('.o_async_job_remove');
+  await noSystrays();
+  assert.equal(sql("SELECT state FROM ir_async WHERE name = 'Counted'"), 'done');
+});
+
+const breaks = { model: 'res.partner', method: 'write', args: [[999999999], { name: 'x' }], description: 'Breaks' };
+
+test('a failure that was seen in one tab is listed in none', async () => {
+  await asyncRpc(admin, breaks);
+  await openSystrays('failed');
+  await second.click('.o_async_job_open');
+  await second.click('.modal-footer .btn-primary', { timeout: PATIENCE });
+  await noSystrays();
+});
+
+test('a failed job is discarded in the systray', async () => {
+  await asyncRpc(admin, { ...breaks, description: 'Discarded' });
+  await openSystrays('failed');
+  await second.click('.o_async_job_remove');
+  await noSystrays();
+  assert.equal(sql("SELECT state FROM ir_async WHERE name = 'Discarded'"), 'cancelled');
 });
 
 test('many short jobs share requests, and one that fails takes no other along', async () => {
@@ -169,6 +276,13 @@ test('the administrator sees the jobs, and brings a failed one back', async () =
   assert.equal(errors(), 1);
   await admin.click('.o_form_view button[name=retry]');
   await until('it has failed again', () => errors() === 2);
+});
+
+test('the administrator discards it', async () => {
+  const id = sql("SELECT max(id) FROM ir_async WHERE state = 'failed'");
+  await admin.reload();
+  await admin.click('.o_form_view button[name=cancel]:has-text("Discard")', { timeout: PATIENCE });
+  await until('it is cancelled', () => sql(`SELECT state FROM ir_async WHERE id = ${id}`) === 'cancelled');
 });
 
 test('jobs of another database are run there', async () => {

@@ -55,16 +55,18 @@ class IrAsync(models.Model):
     progress_percent = fields.Float('Progress', readonly=True, help='In percent, while the job runs')
     progress_message = fields.Char('Progress message', readonly=True)
 
-    # The columns as Odoo's fields want them: times without zone, in UTC, and the progress of what is being processed.
+    # The columns as Odoo's fields want them: times without zone, in UTC, the progress of what is being processed, and no user
+    # who is not there: the table has no foreign key. A filter on the user makes the join an inner one, and finds the index.
     @property
     def _table_query(self):
         return """
             SELECT j.id, j.name, j.state, j.res_model, j.method, j.queue, j.priority, j.create_date,
                    CASE WHEN isfinite(j.run_at) THEN j.run_at AT TIME ZONE 'UTC' END AS run_at,
                    j.claimed_at AT TIME ZONE 'UTC' AS claimed_at, j.finished_at AT TIME ZONE 'UTC' AS finished_at,
-                   j.attempts, j.max_attempts, j.user_id, j.traceback, j.payload,
+                   j.attempts, j.max_attempts, u.id AS user_id, j.traceback, j.payload,
                    p.percent AS progress_percent, p.message AS progress_message
               FROM ir_async j
+              LEFT JOIN res_users u ON u.id = j.user_id
               LEFT JOIN imbus_progress p ON p.job_id = j.id AND j.state = 'processing' AND p.at >= j.claimed_at"""
 
     def init(self):
@@ -95,19 +97,22 @@ class IrAsync(models.Model):
         raise UserError(_('Jobs cannot be written.'))
 
     def unlink(self):
-        """Raises UserError: finished jobs are removed by the extension, after imbus.job_retention, unless they have failed."""
-        raise UserError(_('Jobs cannot be deleted: they go after imbus.job_retention.'))
+        """Raises UserError: the extension removes what has ended, after imbus.job_retention; what has failed, once it is
+        cancelled."""
+        raise UserError(_('Jobs cannot be deleted: they go after imbus.job_retention, failed ones when they are cancelled.'))
 
     # ---------------------------------------------------------------- enqueueing
 
     @private
-    def call(self, target, args=None, kwargs=None, **options):
+    def call(self, target, args=None, kwargs=None, *, description=None, notify=None, **options):
         """Enqueues a call in the current transaction.
 
         :param target: a method bound to a recordset, private or not; its records, user, context and superuser mode are
             those of the job
         :param list args: positional arguments, JSON
         :param dict kwargs: named arguments, JSON
+        :param str description: what the systray shows; the job is not listed there without
+        :param bool notify: whether its user is notified at each state; None: if it has a description
         :param options: `queue` (text), `priority` (smaller first, 10), `run_at` (datetime in UTC), `max_attempts` (1),
             `retry_delay` and `timeout` (timedelta, or text such as "10 minutes"), `identity_key` (an unfinished job with
             the same key is returned instead), `depends_on` (jobs, or their ids)
@@ -116,23 +121,23 @@ class IrAsync(models.Model):
             unknown option
         :raises ValueError: for records that are not saved, or numbers that JSON has not
         """
-        return self._enqueue(target, args, kwargs, options)
+        return self._enqueue(target, args, kwargs, options, description, bool(description) if notify is None else notify)
 
     @private
     def call_notify(self, description, method, *args, **kwargs):
         """Enqueues a call, with a notification to its user at each state: the one that the method's records are bound to.
 
-        :param str description: what the systray shows; the job is not listed there without
+        :param str description: as :meth:`call`
         :param method: a method bound to a recordset
         :param args: its arguments, JSON
         :param kwargs: its named arguments, JSON
         :return: the job
         :raises: as :meth:`call`
         """
-        return self._enqueue(method, args, kwargs, {}, description or None, is_told=True)
+        return self._enqueue(method, args, kwargs, {}, description, is_told=True)
 
     @api.model
-    def _enqueue(self, target, args, kwargs, options, description=None, is_told=False):
+    def _enqueue(self, target, args, kwargs, options, description, is_told):
         records = getattr(target, '__self__', None)
         if not inspect.ismethod(target) or not isinstance(records, models.BaseModel):
             raise TypeError(f'{target!r} is no method of a recordset')
@@ -146,7 +151,7 @@ class IrAsync(models.Model):
             'res_ids': list(records._ids), 'user_id': records.env.uid, 'su': records.env.su,
             'context': dict(records.env.context),
         }
-        return self._insert(call, options, description, records.env.user if is_told else None)
+        return self._insert(call, options, description or None, records.env.user if is_told else None)
 
     @api.model
     def _call_rpc(self, model, method, args, kwargs, description=None):
@@ -249,7 +254,8 @@ class IrAsync(models.Model):
         return True
 
     def cancel(self):
-        """Cancels jobs that wait or run. What a running one does is undone, at its next word to the database.
+        """Cancels jobs that wait, run or have failed. What a running one does is undone, at its next word to the database;
+        a failed one is discarded, which the extension would keep.
 
         :return: whether all were there to be cancelled
         :raises AccessError: for somebody else's jobs, unless the user is an administrator

@@ -9,6 +9,8 @@ from odoo import _, api, fields, models
 from odoo.exceptions import UserError
 from odoo.tools import osutil
 
+# An administrator may limit it (imbus.queues): whoever exports much leaves other jobs their places.
+QUEUE = 'root.export'
 # How long a file is kept, in days.
 KEPT = 3
 # Rows that are read at once: between two, progress is told and memory is given back.
@@ -40,7 +42,7 @@ class IrAsync(models.Model):
         if not (self.env.is_admin() or self.env.user.has_group('base.group_allow_export')):
             raise UserError(_('You do not have the rights to export data.'))
         title = self.env['ir.model']._get(model._name).name
-        return self.call_notify(_('Export of %s', title), self._export, data, file_format).id
+        return self.call(self._export, [data, file_format], description=_('Export of %s', title), queue=QUEUE).id
 
     @api.model
     def _export(self, data, file_format):

@@ -3,6 +3,7 @@ from datetime import datetime
 from odoo import api
 from odoo.exceptions import AccessError, UserError
 from odoo.tests import tagged
+from odoo.tools import SQL
 
 from .common import JobCase
 
@@ -30,6 +31,19 @@ class TestCall(JobCase):
         self.assertEqual((row['retry_delay'], row['timeout']), ('00:00:05', '00:02:00'))
         self.assertEqual(job.run_at, datetime(2100, 1, 2, 3, 4, 5))
         self.assertEqual(self.jobs.call(self.partner.read, identity_key='one'), job)
+
+    def test_a_described_job_takes_options_too(self):
+        job = self.jobs.call(self.partner.read, [['name']], description='Reading', queue='q', priority=3, identity_key='two')
+        self.assertEqual((job.name, job.queue, job.priority), ('Reading', 'q', 3))
+        unseen = self.jobs.call(self.partner.read, description='Unseen', notify=False, queue='q')
+        silent = self.jobs.call(self.partner.read, queue='q')
+        hidden = self.jobs.call(self.partner.read, notify=True, queue='q')
+        told = {payload['id']: payload['name'] for payload in self.notifications()}
+        self.assertEqual(told.get(job.id), 'Reading')
+        self.assertIsNone(told[hidden.id])
+        self.assertFalse(told.keys() & {unseen.id, silent.id})
+        self.assertEqual((unseen.name, hidden.name), ('Unseen', False))
+        self.assertIn(job.id, [seen['id'] for seen in self.jobs.watch()])
 
     def test_refuses_what_cannot_be_stored(self):
         for target in ('write', len, self.partner, lambda: None):
@@ -86,6 +100,39 @@ class TestCall(JobCase):
         # What was shown to its user is its user's to complete.
         with self.assertRaises(AccessError):
             job.with_user(admin).complete()
+
+    def test_a_user_who_is_gone_is_no_user(self):
+        user = self.new_user('gone_user')
+        job = self.jobs.with_user(user).call_notify('Left behind', self.partner.with_user(user).read, ['name'])
+        self.env.cr.execute("SELECT ir_async_call('read', '[]', model => 'res.partner', user_id => 2000000000)")
+        never = self.jobs.browse(self.env.cr.fetchone()[0])
+        self.env.flush_all()
+        user.unlink()
+        jobs = (job | never).with_user(self.env.ref('base.user_admin'))
+        domain = [('id', 'in', jobs.ids)]
+        columns = {'state': {}, 'user_id': {'fields': {'display_name': {}}}}
+        listed = jobs.web_search_read(domain, columns)
+        self.assertEqual([(row['id'], row['user_id']) for row in listed['records']], [(never.id, False), (job.id, False)])
+        self.assertEqual([row['user_id'] for row in jobs.web_read(columns)], [False, False])
+        groups = jobs._read_group(domain, ['user_id'], ['__count'])
+        self.assertEqual([(group.display_name, count) for group, count in groups], [(False, 2)])
+        self.assertTrue(job.with_user(self.env.ref('base.user_admin')).cancel())
+
+    def test_a_users_jobs_are_found_by_the_index(self):
+        user = self.new_user('index_user')
+        self.env.cr.execute("SET LOCAL enable_seqscan = off")
+        for jobs, domain in ((self.jobs, [('user_id', '=', user.id)]), (self.jobs.with_user(user), [])):
+            query = jobs._search([*domain, ('name', '!=', False)])
+            self.env.cr.execute(SQL("EXPLAIN %s", query.select()))
+            self.assertIn('ir_async_user_index', '\n'.join(line for (line,) in self.env.cr.fetchall()))
+
+    def test_a_failed_job_is_discarded(self):
+        job = self.jobs.call(self.partner.read, queue='test')
+        self.env.cr.execute("SELECT ir_async_fail(%s, %s, %s)", (*self.claim('test'), '"broken"'))
+        self.env.invalidate_all()
+        self.assertEqual(job.state, 'failed')
+        self.assertTrue(job.cancel())
+        self.assertEqual(job.state, 'cancelled')
 
     def test_no_writes_through_the_orm(self):
         job = self.jobs.call(self.partner.read)

@@ -54,7 +54,7 @@ class TestExport(JobCase):
 
     def test_needs_the_right_to_export(self):
         job = self.jobs.browse(self.jobs.with_user(self.user).export(self.data, 'csv'))
-        self.assertEqual((job.user_id, job.state), (self.user, 'created'))
+        self.assertEqual((job.user_id, job.state, job.queue), (self.user, 'created', 'root.export'))
         self.assertIn('Export', job.name)
         with self.assertRaises(UserError):
             self.jobs.with_user(self.new_user('no_exporter')).export(self.data, 'csv')

@@ -31,6 +31,15 @@ export class AsyncJobMenu extends Component {
         };
     }
 
+    get removeLabels() {
+        return {
+            created: _t("Cancel"),
+            processing: _t("Cancel"),
+            succeeded: _t("Done"),
+            failed: _t("Discard"),
+        };
+    }
+
     isAction(job) {
         const result = job.payload?.result;
         return typeof result?.type === "string" && result.type.startsWith("ir.actions.");
@@ -54,6 +63,11 @@ export class AsyncJobMenu extends Component {
             this.dialog.add(AlertDialog, { title: job.name, body: job.payload?.error?.message || _t("The job failed.") });
             this.asyncJob.dismiss(job.id);
         }
+    }
+
+    /** Takes the job from the list, in all tabs. */
+    remove(job) {
+        return job.state === "succeeded" ? this.asyncJob.complete(job.id) : this.asyncJob.cancel(job.id);
     }
 }
 

@@ -7,7 +7,25 @@ import { EventBus, reactive } from "@odoo/owl";
 
 const DISMISSED = "imbus.dismissed";
 const LISTED = new Set(["created", "processing", "succeeded", "failed"]);
-const ENDED = new Set(["succeeded", "done", "failed", "cancelled"]);
+// "gone" is no state: the model knows the job no more.
+const ENDED = new Set(["succeeded", "done", "failed", "cancelled", "gone"]);
+// How often the model is asked about what is awaited, in ms: no notification comes where the websocket is not up.
+const ASK_EVERY = 15000;
+
+/** The result of a job that has ended; throws its error as an RPC does. */
+async function outcome({ state, payload }) {
+    if (state === "succeeded" || state === "done") {
+        return payload?.result ?? null;
+    }
+    const message = state === "gone" ? _t("The job is not kept any more.") : _t("The job was cancelled.");
+    const error = payload?.error || {
+        code: 200,
+        message,
+        data: { name: state, message, arguments: [message], debug: "", context: {} },
+    };
+    // 18.0 looks into data.
+    throw makeErrorFromResponse({ ...error, data: error.data || {} });
+}
 
 /**
  * Jobs of the current user, as they change: `state.jobs` (the described ones, by id), `bus` (event "job" with each
@@ -23,8 +41,10 @@ export const asyncJobService = {
         // What came while an enqueueing RPC was under way: it may be about the job whose id is not known yet.
         const early = new Map();
         let enqueueing = 0;
-        // How many notifications came of a job: an older answer of the model does not overwrite a newer notification.
-        const heard = new Map();
+        // For each question to the model that is under way, the jobs of which notifications have come meanwhile: these are
+        // newer than its answer.
+        const questions = new Set();
+        let timer = null;
 
         function dismissed() {
             try {
@@ -47,27 +67,17 @@ export const asyncJobService = {
             }
         }
 
-        async function settle(job) {
+        function settle(job) {
             const waiting = awaited.get(job.id);
             if (!waiting || !ENDED.has(job.state)) {
                 return;
             }
             awaited.delete(job.id);
-            if (job.state === "succeeded" || job.state === "done") {
-                const result = job.payload && "result" in job.payload ? job.payload.result : null;
-                waiting.resolve(result);
-                if (!waiting.isDescribed && job.state === "succeeded") {
-                    await complete(job.id);
-                }
-                return;
+            keepAsking();
+            waiting.resolve(outcome(job));
+            if (!waiting.isDescribed && job.state === "succeeded") {
+                complete(job.id);
             }
-            const message = _t("The job was cancelled.");
-            const error = (job.payload && job.payload.error) || {
-                code: 200,
-                message,
-                data: { name: "cancelled", message, arguments: [message], debug: "", context: {} },
-            };
-            waiting.reject(makeErrorFromResponse(error));
         }
 
         function apply(job) {
@@ -80,29 +90,49 @@ export const asyncJobService = {
         }
 
         busService.subscribe("ir.async", (job) => {
-            heard.set(job.id, (heard.get(job.id) || 0) + 1);
+            for (const newer of questions) {
+                newer.add(job.id);
+            }
             apply(job);
         });
 
         /** Asks the model what has become of the jobs: after the bus was away. */
         async function refresh() {
-            const before = new Map(heard);
-            const jobs = await orm.silent.call("ir.async", "watch", [[...awaited.keys()]]);
-            const isNewer = (id) => heard.get(id) !== before.get(id);
-            const found = new Set(jobs.map((job) => job.id));
-            for (const id of Object.keys(state.jobs).map(Number)) {
-                if (!found.has(id) && !isNewer(id)) {
+            const newer = new Set();
+            const asked = [...awaited.keys()];
+            questions.add(newer);
+            try {
+                const jobs = await orm.silent.call("ir.async", "watch", [asked]);
+                const found = new Set(jobs.map((job) => job.id));
+                const isGone = (id) => !found.has(id) && !newer.has(id);
+                for (const id of Object.keys(state.jobs).map(Number).filter(isGone)) {
                     delete state.jobs[id];
                 }
-            }
-            for (const job of jobs) {
-                if (!isNewer(job.id)) {
+                for (const job of jobs.filter(({ id }) => !newer.has(id))) {
                     apply(job);
                 }
+                for (const id of asked.filter(isGone)) {
+                    settle({ id, state: "gone" });
+                }
+            } finally {
+                questions.delete(newer);
             }
         }
         // Without a connection there is nothing to show: the next one asks again.
         const refreshQuietly = () => refresh().catch(() => {});
+
+        /** While anything is awaited, its state is asked for now and then. */
+        function keepAsking() {
+            if (!awaited.size) {
+                browser.clearTimeout(timer);
+                timer = null;
+                return;
+            }
+            timer ??= browser.setTimeout(() => {
+                timer = null;
+                refreshQuietly().then(keepAsking);
+            }, ASK_EVERY);
+        }
 
         // The names of 19.0, and those that 18.0 had at first.
         for (const event of ["BUS:CONNECT", "BUS:RECONNECT", "connect", "reconnect"]) {
@@ -126,9 +156,10 @@ export const asyncJobService = {
             enqueueing++;
             try {
                 const id = await orm.silent.call("ir.async", "rpc", call);
-                ended = new Promise((resolve, reject) => {
-                    awaited.set(id, { resolve, reject, isDescribed: Boolean(description) });
+                ended = new Promise((resolve) => {
+                    awaited.set(id, { resolve, isDescribed: Boolean(description) });
                 });
+                keepAsking();
                 if (early.has(id)) {
                     settle(early.get(id));
                 }
@@ -144,9 +175,10 @@ export const asyncJobService = {
         /** The result has been seen: the job disappears from all tabs. */
         async function complete(id) {
             await orm.silent.call("ir.async", "complete", [[id]]);
+            delete state.jobs[id];
         }
 
-        /** Ends a job that waits or runs. */
+        /** Ends a job that waits or runs, and discards one that has failed. */
         async function cancel(id) {
             await orm.call("ir.async", "cancel", [[id]]);
         }
@@ -156,6 +188,12 @@ export const asyncJobService = {
             browser.localStorage.setItem(DISMISSED, JSON.stringify([...dismissed(), id].slice(-200)));
             delete state.jobs[id];
         }
+        // Another tab has dismissed one.
+        browser.addEventListener("storage", ({ key }) => {
+            if (key === DISMISSED) {
+                Object.values(state.jobs).forEach(list);
+            }
+        });
 
         return { state, bus, asyncRpc, complete, cancel, dismiss, refresh: refreshQuietly };
     },

@@ -16,8 +16,9 @@ patch(ExportDataDialog.prototype, {
             return this.notification.add(_t("Please select the fields to export."), { type: "danger" });
         }
         const { root } = this.props;
+        const isCompatible = this.state.isCompatible ?? this.isCompatible; // 18.0, 19.0
         const columns = fields.map((field) => ({ name: field.name || field.id, label: field.label || field.string }));
-        if (this.isCompatible) {
+        if (isCompatible) {
             columns.unshift({ name: "id", label: _t("External ID") });
         }
         const isSelection = !root.isDomainSelected && root.selection.length > 0;
@@ -26,7 +27,7 @@ patch(ExportDataDialog.prototype, {
             fields: columns,
             ids: isSelection ? root.selection.map((record) => record.resId) : false,
             domain: root.domain,
-            import_compat: this.isCompatible,
+            import_compat: isCompatible,
             context: root.context,
         };
         this.state.disabled = true;
