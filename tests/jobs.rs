@@ -622,6 +622,8 @@ fn a_thousand_jobs_that_each_wait_for_another_all_run() {
     sql.batch_execute(
         "CREATE FUNCTION one() RETURNS int LANGUAGE sql AS 'SELECT 1';
          CREATE TABLE pairs AS SELECT ir_async_call('one', run_at => now() + interval '1 day') AS id FROM generate_series(1, 1000);
+         CREATE TABLE none AS SELECT ir_async_call('one', depends_on => ARRAY[id]) AS id FROM pairs;
+         SELECT ir_async_cancel(id) FROM none;
          CREATE TABLE second AS SELECT ir_async_call('one', depends_on => ARRAY[id]) AS id FROM pairs;
          CREATE TABLE all_of AS SELECT ir_async_call('one', depends_on => array_agg(id)) AS id FROM second;
          UPDATE ir_async SET run_at = now() WHERE id IN (SELECT id FROM pairs)",
@@ -658,7 +660,13 @@ fn a_job_never_runs_for_want_of_what_it_depends_on() {
     let cancelled = call(&mut sql, "'one', run_at => now() + interval '1 day'");
     let unneeded = call(&mut sql, "'one', run_at => now() + interval '1 day'");
     let widow = call(&mut sql, &format!("'one', depends_on => ARRAY[{cancelled}]"));
-    for id in [cancelled, unneeded] {
+    // Failed and discarded; who waited for it has been cancelled, and may be brought back.
+    sql.batch_execute("CREATE FUNCTION fail() RETURNS int LANGUAGE sql AS 'SELECT 1 / 0'").unwrap();
+    let discarded = call(&mut sql, "'fail'");
+    ended(&mut sql, discarded);
+    let given_up = call(&mut sql, &format!("'one', depends_on => ARRAY[{discarded}]"));
+    sql.execute("SELECT ir_async_cancel($1)", &[&given_up]).unwrap();
+    for id in [cancelled, unneeded, discarded] {
         sql.execute("SELECT ir_async_cancel($1)", &[&id]).unwrap();
         sql.execute("UPDATE ir_async SET finished_at = now() - interval '1 year' WHERE id = $1", &[&id]).unwrap();
     }
@@ -680,9 +688,10 @@ fn a_job_never_runs_for_want_of_what_it_depends_on() {
     sql.batch_execute("SELECT pg_reload_conf()").unwrap();
     let is_there = format!("SELECT count(*) FROM ir_async WHERE id = {unneeded}");
     eventually("what nobody depends on is deleted", || number(&mut sql, &is_there) == 0);
+    sql.execute("SELECT ir_async_retry($1)", &[&given_up]).unwrap();
     let next = call(&mut sql, "'one'");
     ended(&mut sql, next);
-    assert_eq!([state(&mut sql, widow), state(&mut sql, second)], ["created", "created"]);
+    assert_eq!([widow, second, given_up].map(|id| state(&mut sql, id)), ["created", "created", "created"]);
     open.commit().unwrap();
     for id in [first, second, free] {
         assert_eq!(ended(&mut sql, id)["state"], "succeeded");
@@ -691,7 +700,7 @@ fn a_job_never_runs_for_want_of_what_it_depends_on() {
         "SELECT (SELECT finished_at FROM ir_async WHERE id = {first}) <= (SELECT claimed_at FROM ir_async WHERE id = {second})"
     );
     assert!(sql.query_one(&order, &[]).unwrap().get::<_, bool>(0));
-    assert_eq!(state(&mut sql, widow), "created");
+    assert_eq!([widow, given_up].map(|id| state(&mut sql, id)), ["created", "created"]);
 }
 
 #[test]

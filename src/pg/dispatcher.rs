@@ -54,6 +54,7 @@ struct Round {
     after: i64,
     /// There was one that stays so.
     are_blocked: bool,
+    began: Instant,
 }
 
 /// What a turn of it may take.
@@ -188,7 +189,7 @@ impl Dispatcher {
         let now = Instant::now();
         if self.round.is_none() && (self.is_round_due || now >= self.next_round) {
             self.is_round_due = false;
-            self.round = Some(Round { after: 0, are_blocked: false });
+            self.round = Some(Round { after: 0, are_blocked: false, began: now });
             self.are_blocked = true;
             // Before the look: of an end that it does not see any more this worker hears.
             slot.await_ends(true);
@@ -200,9 +201,11 @@ impl Dispatcher {
             }
             let blocked = jobs::release(round.after)?;
             let are_blocked = round.are_blocked || blocked.are_there;
-            self.round = blocked.next.map(|after| Round { after, are_blocked });
+            self.round = blocked.next.map(|after| Round { after, are_blocked, ..round });
             if self.round.is_none() {
-                self.next_round = Instant::now() + LOOKOUT;
+                // Nobody says when the last transaction has ended that may know of what is not there.
+                let sparing = (round.began.elapsed() * SPARING).clamp(NO_PLACE, LOOKOUT);
+                self.next_round = Instant::now() + if blocked.are_unsure { sparing } else { LOOKOUT };
                 self.are_blocked = are_blocked;
                 if !are_blocked && guc::queues().is_empty() {
                     slot.await_ends(false);

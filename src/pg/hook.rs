@@ -88,7 +88,8 @@ unsafe extern "C-unwind" fn utility(
             // SAFETY: a C string of the statement; a command of its own always runs inside a transaction.
             ring::finishing(unsafe { prepared_numbers(name) });
             run();
-            wake::enqueued();
+            // It may have ended or enqueued anything.
+            wake::enqueued_blocked();
         }
     }
 }

@@ -1,4 +1,5 @@
 import contextlib
+from datetime import timedelta
 
 from odoo.modules.neutralize import get_neutralization_queries
 from odoo.sql_db import db_connect
@@ -26,7 +27,7 @@ class TestNeutralize(JobCase):
         self.claim('test')
         ended = self.jobs.call(self.partner.read, queue='ended')
         self.env.cr.execute("SELECT ir_async_finish(%s, %s)", self.claim('ended'))
-        waiting = self.jobs.call(self.partner.read, run_at=self.env.cr.now().replace(year=2100))
+        waiting = self.jobs.call(self.partner.read, run_at=self.env.cr.now() + timedelta(days=365))
         self.schedule()
         self.env.cr.execute(self.neutralize)
         self.env.invalidate_all()

@@ -281,6 +281,8 @@ pub struct Blocked {
     pub next: Option<i64>,
     /// There are such.
     pub are_there: bool,
+    /// Of some it is not known yet whether what they depend on and is not there is to come.
+    pub are_unsure: bool,
 }
 
 thread_local! {
@@ -317,13 +319,14 @@ pub fn release(after: i64) -> Outcome<Blocked> {
     let text = blocked("c.state = 'created' AND c.id > $1 ORDER BY c.id");
     let seen = on_table(&text, &[after.into(), BLOCKED.into()], judged)?;
     let are_there = free(&seen)?;
-    let is_last = i64::try_from(seen.len()).unwrap_or(0) < BLOCKED;
+    let is_last = is_all(&seen);
     let next = seen.iter().map(|(id, _)| *id).max().filter(|_| !is_last);
     if next.is_none() {
         // Those that are not blocked any more, for whatever reason, are forgotten.
         UNSURE.with_borrow_mut(|unsure| unsure.retain(|_, (_, is_seen)| std::mem::take(is_seen)));
     }
-    Ok(Blocked { next, are_there })
+    let are_unsure = UNSURE.with_borrow(|unsure| !unsure.is_empty());
+    Ok(Blocked { next, are_there, are_unsure })
 }
 
 /// The same of those that wait for one of these jobs. False when there were more of them than were looked at.
@@ -331,7 +334,7 @@ pub fn release_after(ended: Vec<i64>) -> Outcome<bool> {
     let text = blocked("c.depends_on && $1");
     let seen = along_bitmaps(|| through_table(&text, &[], &[ended.into(), BLOCKED.into()], judged))?;
     free(&seen)?;
-    Ok(i64::try_from(seen.len()).unwrap_or(0) < BLOCKED)
+    Ok(is_all(&seen))
 }
 
 /// Reads blocked jobs: their ids, whether all that they depend on has ended well, whether all of it is there. One that is not there
@@ -339,20 +342,26 @@ pub fn release_after(ended: Vec<i64>) -> Outcome<bool> {
 /// state where that is not the index of this state.
 fn blocked(which: &str) -> String {
     format!(
-        "SELECT b.id, d.are_well, d.are_there, pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint
+        "SELECT b.id, d.are_well, d.are_there, pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint,
+                b.state = 'created'
            FROM (SELECT c.id, c.depends_on, c.state FROM ONLY TABLE c WHERE NOT c.ready AND {which} LIMIT $2) b
           CROSS JOIN LATERAL (
                 SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
                        COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
-                  FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d
-          WHERE b.state = 'created'"
+                  FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d"
     )
 }
 
 /// A blocked job's id, and whether it is free.
 fn judged(row: &sql::Row) -> Outcome<(i64, bool)> {
     let (id, oldest) = (row.need::<i64>(1)?, row.need::<i64>(4)?.cast_unsigned());
-    Ok((id, row.need(2)? && (row.need(3)? || is_gone(id, oldest))))
+    let waits: bool = row.need(5)?;
+    Ok((id, waits && row.need(2)? && (row.need(3)? || is_gone(id, oldest))))
+}
+
+/// Whether a look has found all that there are.
+fn is_all(seen: &[(i64, bool)]) -> bool {
+    i64::try_from(seen.len()).unwrap_or(0) < BLOCKED
 }
 
 /// Lets those wait in their lanes that are free. Whether others stay blocked.

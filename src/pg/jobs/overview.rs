@@ -1,10 +1,10 @@
 //! What the administrator sees, and what is cleared away.
 
-use super::{on_table, table};
+use super::{on_table, table, through_table};
 use crate::core::status::{FailedJob, Jobs, Queue};
 use crate::pg::report::Outcome;
 use crate::pg::sql;
-use crate::pg::transaction::safely;
+use crate::pg::transaction::{along_bitmaps, safely};
 
 /// Jobs counted for the administrator, a state.
 const COUNTED: u32 = 20_000;
@@ -62,21 +62,22 @@ pub fn prune(seconds: i64) -> Outcome<i64> {
     if is_behind == Some(true) {
         return Ok(0);
     }
-    // A cancelled one without which others may not run is kept: they would wait for nothing then. Said twice: a row that was
-    // put in by hand may have the id of another job.
-    let old = "state IN ('succeeded', 'done', 'cancelled')
-               AND finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
-               AND (state <> 'cancelled' OR id NOT IN (
-                    SELECT d.id FROM ONLY TABLE b, pg_catalog.unnest(b.depends_on) d (id)
-                     WHERE b.state = 'created' AND NOT b.ready AND d.id IS NOT NULL))";
-    let text =
-        format!("DELETE FROM TABLE j WHERE {old} AND id IN (SELECT id FROM TABLE WHERE {old} LIMIT $2) RETURNING id");
+    // A cancelled one without which others may not run is kept, also for those that somebody may bring back: it would count as one
+    // that has succeeded. Said twice: a row that was put in by hand may have the id of another job.
+    let old = "j.state IN ('succeeded', 'done', 'cancelled')
+               AND j.finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
+               AND (j.state <> 'cancelled'
+                    OR NOT EXISTS (SELECT FROM ONLY TABLE b WHERE NOT b.ready AND b.depends_on && ARRAY[j.id]))";
+    let text = format!(
+        "DELETE FROM TABLE j WHERE {old} AND j.id IN (SELECT j.id FROM TABLE j WHERE {old} LIMIT $2) RETURNING j.id"
+    );
     on_table(
         "DELETE FROM PROGRESS p WHERE NOT EXISTS (SELECT FROM TABLE j WHERE j.id = p.job_id AND j.state = 'processing')
          RETURNING p.job_id",
         &[],
         |_| Ok(()),
     )?;
-    let deleted = on_table(&text, &[(seconds as f64).into(), PRUNE_BATCH.into()], |_| Ok(()))?;
+    let args = [(seconds as f64).into(), PRUNE_BATCH.into()];
+    let deleted = along_bitmaps(|| through_table(&text, &[], &args, |_| Ok(())))?;
     Ok(i64::try_from(deleted.len()).unwrap_or(0))
 }

@@ -181,6 +181,7 @@ export const asyncJobService = {
         /** Ends a job that waits or runs, and discards one that has failed. */
         async function cancel(id) {
             await orm.call("ir.async", "cancel", [[id]]);
+            await refreshQuietly();
         }
 
         /** Lists a failed job no more, in this browser. */
