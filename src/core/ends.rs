@@ -28,8 +28,10 @@ impl Default for Ends {
 }
 
 impl Ends {
-    /// Puts ids in; any process, at any time.
+    /// Puts ids in; any process, at any time. Of many the last are written: the reader has missed the others anyway.
     pub fn put(&self, ids: &[i64]) {
+        let (lost, ids) = ids.split_at(ids.len().saturating_sub(PLACES));
+        self.head.fetch_add(lost.len() as u64, Ordering::SeqCst);
         for id in ids {
             let number = self.head.fetch_add(1, Ordering::SeqCst);
             let Some(place) = self.place(number) else { continue };
@@ -84,6 +86,10 @@ mod tests {
         ends.put(&[0]);
         assert_eq!(ends.since(0), (None, PLACES as u64 + 1));
         assert_eq!(ends.since(PLACES as u64), (Some(vec![0]), PLACES as u64 + 1));
+        let more: Vec<i64> = (1..1000).collect();
+        ends.put(&more);
+        assert_eq!(ends.since(PLACES as u64), (None, PLACES as u64 + 1000));
+        assert_eq!(ends.since(PLACES as u64 + 998), (Some(vec![998, 999]), PLACES as u64 + 1000));
         // A reader that begins anew, after many.
         assert_eq!(ends.since(u64::MAX).0, None);
     }

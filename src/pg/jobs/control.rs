@@ -32,7 +32,8 @@ fn may_see(role: pg_sys::Oid) -> Outcome<bool> {
 }
 
 /// Turns `succeeded` into `done`, for the job's own role only. True when it did, false when it was done already.
-/// Errors: 42704 for an unknown job, 42501 for somebody else's, 55000 in another state.
+/// Errors: 42704 for an unknown job, 42501 for somebody else's, 40001 for one that the transaction's snapshot does not have, 55000
+/// in another state.
 pub fn complete(id: i64) -> Outcome<bool> {
     let text = "SELECT role, state::text, tableoid FROM TABLE WHERE id = $1 FOR UPDATE";
     let read = |row: &sql::Row| Ok((row.need::<pg_sys::Oid>(1)?, row.text(2)?, row.need::<pg_sys::Oid>(3)?));
@@ -94,7 +95,7 @@ struct Known {
 }
 
 /// Looks up a job that the caller may change: its own role only. A row that was inserted by hand may have the id of
-/// somebody else's. Errors: 42704, 42501.
+/// somebody else's. Errors: 42704, 42501, 40001.
 fn own(id: i64) -> Outcome<Known> {
     let text = "SELECT role, state::text, token::text, tableoid FROM TABLE WHERE id = $1";
     let found = on_table(text, &[id.into()], |row| {
@@ -108,7 +109,7 @@ fn own(id: i64) -> Outcome<Known> {
 
 /// Ends a job: one that waits, or has failed and might be brought back, is `cancelled` with this transaction; one that a runner
 /// works on is stopped at once, whatever becomes of this transaction, and its effect undone. False when it has ended otherwise
-/// already. Errors: 42704, 42501.
+/// already. Errors: 42704, 42501, 40001.
 pub fn cancel(id: i64) -> Outcome<bool> {
     loop {
         let known = own(id)?;
@@ -135,7 +136,7 @@ pub fn cancel(id: i64) -> Outcome<bool> {
 }
 
 /// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
-/// it waits or runs. Errors: 42704, 42501, 55000 for one that has succeeded, 23505 while another one with its identity_key is
+/// it waits or runs. Errors: 42704, 42501, 40001, 55000 for one that has succeeded, 23505 while another one with its identity_key is
 /// unfinished.
 pub fn retry(id: i64) -> Outcome<bool> {
     loop {
