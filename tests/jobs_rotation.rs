@@ -184,11 +184,32 @@ fn jobs_survive_a_crash_while_their_tables_change() {
 fn a_schema_called_like_a_word_of_a_statement_and_a_publication_of_all_tables_stop_no_job() {
     let (cluster, mut sql) = cluster("rotation_names");
     let schema = r#""a PROGRESS, TABLE; PLACE ""CHILD"" NEXT, JOBS""#;
+    let mut old = cluster.connect("rotation_names");
+    let named = |session: &mut Client, schema: &str| {
+        let text = format!(
+            "SELECT {schema}.ir_async_call('note', '[0]', run_at => 'infinity', identity_key => {schema}.keys())"
+        );
+        session.batch_execute(&text).unwrap();
+    };
+    sql.batch_execute(
+        "CREATE SEQUENCE key; CREATE FUNCTION keys() RETURNS text LANGUAGE sql AS $$ SELECT nextval('key')::text $$",
+    )
+    .unwrap();
+    // A session that knows the table's name hears of another one, its own and somebody else's, and when it does not come to it.
+    named(&mut sql, "public");
+    sql.batch_execute("BEGIN; ALTER SCHEMA public RENAME TO other; SET search_path = other").unwrap();
+    named(&mut sql, "other");
+    sql.batch_execute("ROLLBACK").unwrap();
+    named(&mut sql, "public");
+    named(&mut old, "public");
     sql.batch_execute(&format!(
         "CREATE PUBLICATION everything FOR ALL TABLES; ALTER SCHEMA public RENAME TO {schema};
          ALTER DATABASE rotation_names SET search_path = {schema}"
     ))
     .unwrap();
+    old.batch_execute(&format!("SET search_path = {schema}")).unwrap();
+    named(&mut old, schema);
+    old.batch_execute("SELECT ir_async_cancel(id) FROM ir_async").unwrap();
     let mut sql = cluster.connect("rotation_names");
     let id = call(&mut sql, "'note', '[1]'");
     let claimed = call(&mut sql, "'note', '[2]', queue => 'out', notify => '[\"jobs\"]'");

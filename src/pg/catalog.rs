@@ -1,5 +1,5 @@
 //! Whether anything has changed in PostgreSQL's catalogs that what is remembered of functions, types, schemas and roles
-//! depends on. A counter, moved by the invalidations that every process hears of.
+//! depends on, or anything of tables. Counters, moved by the invalidations that every process hears of.
 
 use super::report::Outcome;
 use super::sql;
@@ -12,11 +12,24 @@ use std::thread::LocalKey;
 thread_local! {
     /// 0: not listening yet.
     static GENERATION: Cell<u64> = const { Cell::new(0) };
+    /// The same of tables.
+    static TABLES: Cell<u64> = const { Cell::new(0) };
 }
 
 /// The number of the present state; what was found out under another one is to be found out again. Invalidations are
 /// taken in when locks are taken, so ask after the transaction has begun.
 pub fn generation() -> u64 {
+    listen();
+    GENERATION.get()
+}
+
+/// The same of whatever tables, their columns, triggers, names and schemas.
+pub fn tables() -> (u64, u64) {
+    listen();
+    (GENERATION.get(), TABLES.get())
+}
+
+fn listen() {
     if GENERATION.get() == 0 {
         GENERATION.set(1);
         use pg_sys::SysCacheIdentifier as Cache;
@@ -32,12 +45,17 @@ pub fn generation() -> u64 {
             // SAFETY: main thread, once in the life of a process; the callback touches its own counter only.
             unsafe { pg_sys::CacheRegisterSyscacheCallback(cache as i32, Some(changed), pg_sys::Datum::from(0)) };
         }
+        // SAFETY: as above.
+        unsafe { pg_sys::CacheRegisterRelcacheCallback(Some(table_changed), pg_sys::Datum::from(0)) };
     }
-    GENERATION.get()
 }
 
 unsafe extern "C-unwind" fn changed(_argument: pg_sys::Datum, _cache: i32, _hash: u32) {
     GENERATION.set(GENERATION.get() + 1);
+}
+
+unsafe extern "C-unwind" fn table_changed(_argument: pg_sys::Datum, _relid: pg_sys::Oid) {
+    TABLES.set(TABLES.get() + 1);
 }
 
 /// Answers kept at once, at most; then all are forgotten.

@@ -25,11 +25,11 @@ pub use rotation::{Position, empty_out, first, has_any_to_move, is_looked_into, 
 
 use enqueue::as_own;
 
-use super::bus;
 use super::datum::{JsonbText, Text};
 use super::report::{Outcome, internal, report};
 use super::sql;
 use super::transaction::{along_indexes, as_owner, safely};
+use super::{bus, catalog};
 use crate::core::channel::Channel;
 use crate::core::{json, template};
 use pgrx::datum::DatumWithOid;
@@ -75,6 +75,8 @@ thread_local! {
     static WATCHED: Cell<Option<u32>> = const { Cell::new(None) };
     /// What was found out of it may be wrong by now.
     static STALE: Cell<bool> = const { Cell::new(false) };
+    /// The state of the catalogs in which it was last seen to be called so.
+    static NAMED: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
 }
 
 /// A table's definition has changed, or may have.
@@ -87,7 +89,10 @@ unsafe extern "C-unwind" fn changed(_argument: pg_sys::Datum, relid: pg_sys::Oid
 
 fn table() -> Outcome<Rc<Table>> {
     let cached = FOUND.with_borrow(Option::clone).filter(|_| !STALE.get());
-    if let Some(table) = cached.filter(|table| bus::name(table.relid).as_ref() == Some(&table.name)) {
+    let state = catalog::tables();
+    let is_named_so = |table: &Rc<Table>| NAMED.get() == state || bus::name(table.relid).as_ref() == Some(&table.name);
+    if let Some(table) = cached.filter(is_named_so) {
+        NAMED.set(state);
         return Ok(table);
     }
     if WATCHED.replace(Some(0)).is_none() {

@@ -6,16 +6,26 @@ use crate::core::job::{self, State};
 use crate::pg::datum::{Jsonb, JsonbText, Str, Text};
 use crate::pg::direct::{self, Indexes};
 use crate::pg::report::{Outcome, internal, report};
-use crate::pg::{bus, guc, wake, worker};
+use crate::pg::{bus, catalog, guc, wake, worker};
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 
 thread_local! {
     /// imbus itself inserts a job: the trigger keeps the role it was given.
     static ENQUEUEING: Cell<bool> = const { Cell::new(false) };
+    static LAYOUT: RefCell<Option<Known>> = const { RefCell::new(None) };
+    /// The errors of a new job.
+    static NO_ERRORS: Jsonb = Jsonb::parse("[]");
 }
+
+/// What makes the value of each column; None for NULL.
+type Layout = Rc<[Option<Make>]>;
+
+/// A table's layout, as it was in this state of the catalogs.
+type Known = (pg_sys::Oid, (u64, u64), Layout);
 
 /// The records of Odoo that a job's method is called on.
 #[derive(Clone, Default)]
@@ -189,7 +199,7 @@ fn tell_of(new: &New, id: i64) -> Outcome<()> {
 fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> Outcome<T>) -> Outcome<Vec<T>> {
     let now = TimestampWithTimeZone::try_from(worker::transaction_start()).map_err(internal)?;
     let retry_delay = Interval::new(0, 0, RETRY_DELAY).map_err(internal)?;
-    let no_errors = Jsonb::parse("[]");
+    let no_errors = NO_ERRORS.with(Jsonb::clone);
     let rows = jobs.iter().map(|new| {
         worker::check_interrupts();
         let notify = match &new.notify {
@@ -214,17 +224,38 @@ fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     if relid != table.relid && direct::fires(table.relid, is_not_own) {
         return Ok(None);
     }
-    direct::with(relid, indexes, columns, |rows, columns| {
-        with_rows(table, jobs, |row| {
-            rows.put(|column| columns.get(column).copied().flatten().and_then(|make| make(row)));
-            Ok(row.id)
-        })
-    })
+    direct::with(
+        relid,
+        indexes,
+        |found| layout(relid, found),
+        |rows, layout| {
+            with_rows(table, jobs, |row| {
+                rows.put(|column| layout.get(column).copied().flatten().and_then(|make| make(row)));
+                Ok(row.id)
+            })
+        },
+    )
 }
 
 /// Whether a trigger of this name is another than the table's own.
 fn is_not_own(trigger: &[u8]) -> bool {
     trigger != b"ir_async_inserted"
+}
+
+/// What makes a row of an open table, found out once while no table changes.
+fn layout(relid: pg_sys::Oid, table: &direct::Table) -> Option<Layout> {
+    // The table is locked: whatever has changed in it has been heard.
+    let state = catalog::tables();
+    let known = LAYOUT.with_borrow(|known| {
+        let is_it = |(of, then, _): &&Known| *of == relid && *then == state;
+        known.as_ref().filter(is_it).map(|(.., layout)| Rc::clone(layout))
+    });
+    if known.is_some() {
+        return known;
+    }
+    let found: Layout = columns(table)?.into();
+    LAYOUT.set(Some((relid, state, Rc::clone(&found))));
+    Some(found)
 }
 
 /// What makes the value of each column, None for NULL, of a table that is as it was made: with its own trigger alone, which
