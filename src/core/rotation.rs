@@ -58,6 +58,8 @@ pub struct Rotation {
     failures: Vec<u32>,
     /// At this size of the table that fills it is to be seen how much of it lives.
     threshold: u64,
+    /// Its size when that was last seen.
+    looked_at: u64,
 }
 
 impl Rotation {
@@ -65,11 +67,15 @@ impl Rotation {
     pub fn new(count: usize, filling: usize, now: Instant) -> Rotation {
         let phase = |table| if table == filling { Phase::Ready } else { Phase::Leaving(now) };
         let tables = (0..count).map(|table| (phase(table), now)).collect();
-        Rotation { tables, filling, failures: vec![0; count], threshold: SIZE_MIN }
+        Rotation { tables, filling, failures: vec![0; count], threshold: SIZE_MIN, looked_at: 0 }
     }
 
     /// Whether it is to be seen how much lives in the table that fills, which is of this size in bytes.
-    pub fn is_worth_a_look(&self, size: u64) -> bool {
+    pub fn is_worth_a_look(&mut self, size: u64) -> bool {
+        if size < self.looked_at {
+            // Somebody has truncated it: what lived in it then is no measure any more.
+            (self.threshold, self.looked_at) = (SIZE_MIN, 0);
+        }
         size >= self.threshold && self.ready().is_some()
     }
 
@@ -83,6 +89,7 @@ impl Rotation {
     /// So much of the table lives that fills. Which one is to fill from now on, if another.
     pub fn look(&mut self, size: u64, live: u64, now: Instant) -> Option<usize> {
         let next = self.ready()?;
+        self.looked_at = size;
         if live > size / 2 {
             // Not before as much is dead as lives: whatever lives may have to be moved.
             self.threshold = size.max(live.saturating_mul(2));
@@ -92,7 +99,7 @@ impl Rotation {
             *table = (Phase::Leaving(now), now + SOON);
         }
         self.filling = next;
-        self.threshold = SIZE_MIN;
+        (self.threshold, self.looked_at) = (SIZE_MIN, 0);
         Some(next)
     }
 
@@ -187,6 +194,17 @@ mod tests {
         assert!(rotation.is_worth_a_look(2 * FULL));
         assert_eq!(rotation.look(2 * FULL, FULL, now), Some(1));
         assert!(rotation.is_worth_a_look(FULL));
+    }
+
+    #[test]
+    fn a_table_that_somebody_has_truncated_is_measured_anew() {
+        let now = Instant::now();
+        let mut rotation = ready(now);
+        assert_eq!(rotation.look(10 * FULL, 9 * FULL, now), None);
+        assert!(!rotation.is_worth_a_look(17 * FULL));
+        assert!(!rotation.is_worth_a_look(0));
+        assert!(rotation.is_worth_a_look(FULL));
+        assert_eq!(rotation.look(FULL, 0, now), Some(1));
     }
 
     #[test]
