@@ -233,6 +233,9 @@ impl Dispatcher {
         self.shared.database(self.database).into_iter().for_each(|slot| slot.add_news());
         let mut left = count;
         for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
+            if left <= 0 {
+                return;
+            }
             // One that is not waiting has been woken for another job, or is at work.
             let idle = slot.state() == RunnerState::Running && slot.is_waiting.swap(false, Ordering::SeqCst);
             if idle || slot.state() == RunnerState::Reserved {

@@ -147,9 +147,13 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
         worker::report_activity(None);
         worker::idle(&Waiting { socket: None, writable: false, timeout: left.min(claims.patience()) });
         worker::reload();
+        let was_offered = slot.offer.load(Ordering::SeqCst) != 0;
         if let Some(batch) = claims.offered() {
             wait_no_more(slot, database, true);
             return Some(batch);
+        }
+        if !was_offered && !slot.is_waiting.load(Ordering::SeqCst) {
+            claims.be_woken();
         }
     }
 }

@@ -192,8 +192,9 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
 
 /// Locks the job that a runner of its role was offered, if it waits still.
 pub fn lock_offered(id: i64, role: u32) -> Outcome<Option<Locked>> {
+    // Said so that it is looked up by its id alone, not among all that wait or have waited.
     let text = "SELECT LOCKED FROM TABLE c
-                 WHERE c.id = $1 AND c.state = 'created' AND c.ready AND c.role = $2 AND c.res_model IS NULL
+                 WHERE c.id = $1 AND COALESCE(c.state = 'created' AND c.ready, false) AND c.role = $2 AND c.res_model IS NULL
                    AND c.run_at <= pg_catalog.clock_timestamp() FOR UPDATE OF c SKIP LOCKED";
     let args = [id.into(), pg_sys::Oid::from(role).into()];
     // SKIP LOCKED has the word too.

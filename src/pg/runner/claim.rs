@@ -24,6 +24,14 @@ const KEPT_OFF: Duration = Duration::from_millis(100);
 /// What a look at all lanes leaves to work, in times of what it took.
 const SPARING: u32 = 20;
 
+/// A look that takes longer is a dear one: it passes many entries of jobs that are done, which stay as long as the oldest
+/// transaction anywhere.
+const DEAR: Duration = Duration::from_millis(5);
+
+/// What a dear look leaves to work, in times of what it took. Looks of idle runners after each job kept both processors busy while
+/// jobs came one by one.
+const REST: u32 = 10;
+
 /// How long a runner goes on whose place others wait for, if their jobs do not come before its own: less than this was hardly worth its start.
 const TERM: Duration = Duration::from_millis(50);
 
@@ -43,6 +51,8 @@ pub struct Claims {
     /// Where the last claim ended. It goes on there without a look at the other lanes while that would cost too much.
     ended: Option<(Lane, Mark)>,
     next_look: Instant,
+    /// Until then it does not look: it takes what it is offered, or what comes where the last claim ended.
+    rests_until: Instant,
     /// The database's count of news before the last look, which found nothing.
     quiet: Option<u64>,
     /// The last claim has looked at all lanes.
@@ -61,6 +71,7 @@ impl Claims {
             pace: Pace::new(BUDGET, MOST),
             ended: None,
             next_look: Instant::now(),
+            rests_until: Instant::now(),
             quiet: None,
             has_looked: false,
             is_kept_off: false,
@@ -101,9 +112,22 @@ impl Claims {
         })
     }
 
-    /// How long to wait before the next look: not long when others kept it from looking.
+    /// How long to wait before the next look: not long when others kept it from looking, or when it rests.
     pub fn patience(&self) -> Duration {
-        if self.is_kept_off { KEPT_OFF } else { Duration::MAX }
+        match self.rests_until.saturating_duration_since(Instant::now()) {
+            _ if self.is_kept_off => KEPT_OFF,
+            Duration::ZERO => Duration::MAX,
+            rest => rest,
+        }
+    }
+
+    /// Somebody who has looked says that there is something: it does not rest any more.
+    pub fn be_woken(&mut self) {
+        self.rests_until = Instant::now();
+    }
+
+    fn is_resting(&self) -> bool {
+        Instant::now() < self.rests_until
     }
 
     /// How much news there has been of jobs in this database.
@@ -135,6 +159,7 @@ impl Claims {
         }
         let locked = match self.go_on()? {
             locked if !locked.is_empty() => locked,
+            nothing if self.is_resting() => nothing,
             _ => self.look()?,
         };
         self.take(&jobs::company(&locked))
@@ -156,14 +181,23 @@ impl Claims {
             return Ok(Vec::new());
         }
         let Some((lane, mark)) = self.ended.take() else { return Ok(Vec::new()) };
-        let (locked, mark) = jobs::lock_first(&lane, self.size(), Some(&mark))?;
-        self.ended = mark.map(|mark| (lane, mark));
+        let (locked, last) = jobs::lock_first(&lane, self.size(), Some(&mark))?;
+        self.ended = last.or_else(|| self.is_resting().then_some(mark)).map(|mark| (lane, mark));
         Ok(locked)
     }
 
-    /// Looks at all lanes, and locks the first jobs of the first one that has some.
+    /// Looks at all lanes, and rests if that was dear and no other look is needed for the next job.
     fn look(&mut self) -> Outcome<Vec<Locked>> {
         let began = Instant::now();
+        let found = self.look_at_all(began)?;
+        if began.elapsed() > DEAR && (found.is_empty() || self.ended.is_some()) {
+            self.rests_until = Instant::now() + began.elapsed() * REST;
+        }
+        Ok(found)
+    }
+
+    /// Looks at all lanes, and locks the first jobs of the first one that has some.
+    fn look_at_all(&mut self, began: Instant) -> Outcome<Vec<Locked>> {
         self.ended = None;
         self.has_looked = true;
         let room = Room::now()?;
