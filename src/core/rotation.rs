@@ -72,7 +72,7 @@ impl Rotation {
 
     /// Whether it is to be seen how much lives in the table that fills, which is of this size in bytes.
     pub fn is_worth_a_look(&mut self, size: u64) -> bool {
-        if size < self.looked_at {
+        if size < self.looked_at / 2 {
             // Somebody has truncated it: what lived in it then is no measure any more.
             (self.threshold, self.looked_at) = (SIZE_MIN, 0);
         }

@@ -232,17 +232,16 @@ impl Dispatcher {
         // Nobody may have said so: it was restored, prepared, or was not due.
         self.shared.database(self.database).into_iter().for_each(|slot| slot.add_news());
         let mut left = count;
-        for (_, slot) in self.mine().filter(|(_, slot)| slot.role.load(Ordering::Acquire) == role) {
-            if left <= 0 {
-                return;
-            }
+        let of_role = || self.mine().map(|(_, slot)| slot).filter(|slot| slot.role.load(Ordering::Acquire) == role);
+        for slot in of_role().filter(|slot| slot.state() == RunnerState::Running) {
             // One that is not waiting has been woken for another job, or is at work.
-            let idle = slot.state() == RunnerState::Running && slot.is_waiting.swap(false, Ordering::SeqCst);
-            if idle || slot.state() == RunnerState::Reserved {
+            if left > 0 && slot.leave.load(Ordering::Acquire) == 0 && slot.is_waiting.swap(false, Ordering::SeqCst) {
                 slot.process.wake();
                 left -= 1;
             }
         }
+        // They look once they have done the job that they were launched for.
+        left -= i64::try_from(of_role().filter(|slot| slot.state() == RunnerState::Reserved).count()).unwrap_or(0);
         while left > 0 {
             let Some((index, slot)) = self.shared.reserve_runner(guc::job_workers()) else {
                 self.ask_to_leave(roles, place);
@@ -427,7 +426,7 @@ fn claim_one(role: u32) -> super::report::Outcome<Option<Claimed>> {
         if room.of(&lane.queue) == Some(0) {
             continue;
         }
-        let first = jobs::company(&jobs::lock_first(lane, 1, None)?.0);
+        let first = jobs::company(&jobs::lock_first(lane, 1, None)?);
         if let Some(id) = first.ids.first().copied() {
             let token = jobs::new_token()?;
             jobs::take(&first, &token, None)?;

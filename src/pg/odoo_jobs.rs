@@ -261,7 +261,7 @@ fn claim(lanes: &[Lane], size: usize, places: usize) -> Outcome<Option<Batch>> {
     for lane in lanes.iter().filter(|lane| room.of(&lane.queue) != Some(0)) {
         // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
         let size = if room.of(&lane.queue).is_some() { 1 } else { size };
-        let (locked, _) = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None)?;
+        let locked = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None)?;
         let share = if locked.len() < size { locked.len().div_ceil(places) } else { size };
         let company = jobs::company(locked.get(..share).unwrap_or_default());
         if !company.ids.is_empty() {

@@ -75,6 +75,9 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
             slot.clear_job();
         }
         session::be_unstoppable();
+        if worker::reload() {
+            claims.forget();
+        }
         let batch = claims.next().or_else(|| linger(slot, database, &mut claims));
         let Some(batch) = batch else { break };
         let (began, size) = (Instant::now(), batch.works.len());
@@ -146,14 +149,16 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
         }
         worker::report_activity(None);
         worker::idle(&Waiting { socket: None, writable: false, timeout: left.min(claims.patience()) });
-        worker::reload();
+        if worker::reload() {
+            claims.forget();
+        }
         let was_offered = slot.offer.load(Ordering::SeqCst) != 0;
         if let Some(batch) = claims.offered() {
             wait_no_more(slot, database, true);
             return Some(batch);
         }
         if !was_offered && !slot.is_waiting.load(Ordering::SeqCst) {
-            claims.be_woken();
+            claims.rest_until(Instant::now());
         }
     }
 }

@@ -370,6 +370,7 @@ impl Shared {
                 && slot.role.load(Ordering::Acquire) == role
                 && slot.state() == RunnerState::Running
                 && slot.leave.load(Ordering::Acquire) == 0
+                && !slot.rests.load(Ordering::SeqCst)
         };
         self.runners.iter().filter(goes_on).count() >= places
     }

@@ -113,7 +113,7 @@ pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
     Ok(i64::try_from(limit).unwrap_or(i64::MAX).saturating_sub(taken.unwrap_or(0)).clamp(0, wanted))
 }
 
-/// Where the last claim from a lane ended, so that the next one need not pass what lies before it: entries of jobs that
+/// A place in a lane: where the last claim ended, so that the next one need not pass what lies before it: entries of jobs that
 /// are done, which stay in the index as long as the oldest transaction anywhere.
 #[derive(Clone, Debug)]
 pub struct Mark {
@@ -124,6 +124,7 @@ pub struct Mark {
 /// A waiting job that this transaction has locked.
 pub struct Locked {
     pub id: i64,
+    run_at: TimestampWithTimeZone,
     /// The table that it is in.
     pub place: pg_sys::Oid,
     /// It is run alone: a runner has died in it, and no other job is to die with it again, or its time is limited.
@@ -132,12 +133,18 @@ pub struct Locked {
 
 impl Locked {
     fn read(row: &sql::Row) -> Outcome<Locked> {
-        Ok(Locked { id: row.need(1)?, place: row.need(2)?, is_alone: row.need(3)? })
+        let run_at = row.get(2)?.ok_or_else(|| internal("a job without its time"))?;
+        Ok(Locked { id: row.need(1)?, run_at, place: row.need(3)?, is_alone: row.need(4)? })
+    }
+
+    /// Where it stands in its lane.
+    pub fn mark(&self) -> Mark {
+        Mark { run_at: self.run_at, id: self.id }
     }
 }
 
 /// Of a job `c`, what `Locked` holds.
-const LOCKED: &str = "c.id, c.tableoid, c.deaths > 0 OR c.timeout IS NOT NULL";
+const LOCKED: &str = "c.id, c.run_at, c.tableoid, c.deaths > 0 OR c.timeout IS NOT NULL";
 
 /// Jobs of one table.
 #[derive(Clone, Debug, Default)]
@@ -168,9 +175,9 @@ fn time(at: i64) -> Outcome<TimestampWithTimeZone> {
 }
 
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
-/// the lane begins or from where the last claim ended. With them comes where the next claim may go on.
-pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<Locked>, Option<Mark>)> {
-    let text = "SELECT LOCKED, c.run_at FROM TABLE c
+/// the lane begins or from where the last claim ended.
+pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<Vec<Locked>> {
+    let text = "SELECT LOCKED FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
@@ -180,14 +187,7 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<(Vec<
     };
     let [queue, kind, role, priority] = key(lane);
     let args = [queue, kind, role, priority, time(worker::now())?.into(), run_at.into(), id.into(), most.into()];
-    let read = |row: &sql::Row| {
-        let locked = Locked::read(row)?;
-        let mark = row.get::<TimestampWithTimeZone>(4)?.map(|run_at| Mark { run_at, id: locked.id });
-        Ok((locked, mark))
-    };
-    let found = on_table(&text.replace("KIND", KIND).replacen("LOCKED", LOCKED, 1), &args, read)?;
-    let last = found.last().and_then(|(_, mark)| mark.clone());
-    Ok((found.into_iter().map(|(locked, _)| locked).collect(), last))
+    on_table(&text.replace("KIND", KIND).replacen("LOCKED", LOCKED, 1), &args, Locked::read)
 }
 
 /// Locks the job that a runner of its role was offered, if it waits still.

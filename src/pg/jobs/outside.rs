@@ -39,7 +39,7 @@ pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: 
     for lane in lanes.iter().filter(|lane| lane.is_due()) {
         let wanted = room - i64::try_from(jobs.len()).unwrap_or(room);
         if wanted > 0 {
-            jobs.extend(lock_first(lane, wanted, None)?.0);
+            jobs.extend(lock_first(lane, wanted, None)?);
         }
     }
     jobs.iter().map(|locked| assign(locked, worker, session)).collect()

@@ -28,9 +28,9 @@ const SPARING: u32 = 20;
 /// transaction anywhere.
 const DEAR: Duration = Duration::from_millis(5);
 
-/// What a dear look leaves to work, in times of what it took. Looks of idle runners after each job kept both processors busy while
-/// jobs came one by one.
-const REST: u32 = 10;
+/// What a dear look that found nothing but what it took leaves to work, in times of what it took, and at most. Looks of idle
+/// runners after each job kept both processors busy while jobs came one by one.
+const REST: (u32, Duration) = (10, Duration::from_secs(1));
 
 /// How long a runner goes on whose place others wait for, if their jobs do not come before its own: less than this was hardly worth its start.
 const TERM: Duration = Duration::from_millis(50);
@@ -57,6 +57,8 @@ pub struct Claims {
     quiet: Option<u64>,
     /// The last claim has looked at all lanes.
     has_looked: bool,
+    /// Its first look is behind it, which finds out how to look.
+    is_warm: bool,
     /// Others kept it from looking.
     is_kept_off: bool,
     began: Instant,
@@ -74,6 +76,7 @@ impl Claims {
             rests_until: Instant::now(),
             quiet: None,
             has_looked: false,
+            is_warm: false,
             is_kept_off: false,
             began: Instant::now(),
         }
@@ -85,6 +88,7 @@ impl Claims {
         if self.slot.leave.load(Ordering::Acquire) != 0 && is_over() {
             return None;
         }
+        self.slot.rests.store(self.is_resting(), Ordering::SeqCst);
         let news = self.news();
         if news.is_some() && news == self.quiet {
             return None;
@@ -121,9 +125,17 @@ impl Claims {
         }
     }
 
-    /// Somebody who has looked says that there is something: it does not rest any more.
-    pub fn be_woken(&mut self) {
-        self.rests_until = Instant::now();
+    /// Until then it does not look at all lanes.
+    pub fn rest_until(&mut self, until: Instant) {
+        self.rests_until = until;
+        self.slot.rests.store(self.is_resting(), Ordering::SeqCst);
+    }
+
+    /// It looks next, whatever it knows: settings have changed, or nothing has come of what it found.
+    pub fn forget(&mut self) {
+        self.ended = None;
+        self.quiet = None;
+        self.rest_until(Instant::now());
     }
 
     fn is_resting(&self) -> bool {
@@ -142,7 +154,7 @@ impl Claims {
         match claimed {
             Ok(batch) => batch,
             Err(failure) => {
-                self.quiet = None;
+                self.forget();
                 (self.has_looked, self.is_kept_off) = (false, false);
                 self.slot.clear_job();
                 pgrx::warning!("imbus could not claim a job: {failure}");
@@ -162,7 +174,13 @@ impl Claims {
             nothing if self.is_resting() => nothing,
             _ => self.look()?,
         };
-        self.take(&jobs::company(&locked))
+        let company = jobs::company(&locked);
+        // It goes on behind the last one that it has claimed.
+        let last = company.ids.len().checked_sub(1).and_then(|last| locked.get(last));
+        if let (Some((_, mark)), Some(last)) = (&mut self.ended, last) {
+            *mark = last.mark();
+        }
+        self.take(&company)
     }
 
     /// Claims jobs that this transaction has locked.
@@ -181,42 +199,49 @@ impl Claims {
             return Ok(Vec::new());
         }
         let Some((lane, mark)) = self.ended.take() else { return Ok(Vec::new()) };
-        let (locked, last) = jobs::lock_first(&lane, self.size(), Some(&mark))?;
-        self.ended = last.or_else(|| self.is_resting().then_some(mark)).map(|mark| (lane, mark));
+        let locked = jobs::lock_first(&lane, self.size(), Some(&mark))?;
+        if !locked.is_empty() || self.is_resting() {
+            self.ended = Some((lane, mark));
+        }
         Ok(locked)
     }
 
-    /// Looks at all lanes, and rests if that was dear and no other look is needed for the next job.
+    /// Looks at all lanes, and rests if that was dear and has found nothing but what it took.
     fn look(&mut self) -> Outcome<Vec<Locked>> {
         let began = Instant::now();
-        let found = self.look_at_all(began)?;
-        if began.elapsed() > DEAR && (found.is_empty() || self.ended.is_some()) {
-            self.rests_until = Instant::now() + began.elapsed() * REST;
+        let (locked, is_all) = self.look_at_all(began)?;
+        if began.elapsed() > DEAR && is_all && self.is_warm {
+            let (times, most) = REST;
+            self.rest_until(Instant::now() + (began.elapsed() * times).min(most));
         }
-        Ok(found)
+        self.is_warm = true;
+        Ok(locked)
     }
 
-    /// Looks at all lanes, and locks the first jobs of the first one that has some.
-    fn look_at_all(&mut self, began: Instant) -> Outcome<Vec<Locked>> {
+    /// Looks at all lanes, and locks the first jobs of the first one that has some. Whether nothing is left for another look: no other
+    /// lane has jobs that are due, and this one can be gone on in.
+    fn look_at_all(&mut self, began: Instant) -> Outcome<(Vec<Locked>, bool)> {
         self.ended = None;
         self.has_looked = true;
         let room = Room::now()?;
         let lanes = jobs::lanes(None)?;
-        for lane in lanes.into_iter().filter(|lane| lane.is_due() && !lane.is_odoo && lane.role == self.role) {
+        let mut lanes = lanes.into_iter().filter(|lane| lane.is_due() && !lane.is_odoo && lane.role == self.role);
+        while let Some(lane) = lanes.next() {
             let room = room.of(&lane.queue);
             if room == Some(0) {
                 continue;
             }
             // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
             let size = if room.is_some() { 1 } else { self.size() };
-            let (locked, mark) = jobs::lock_first(&lane, size, None)?;
-            if !locked.is_empty() {
-                self.ended = mark.filter(|_| room.is_none()).map(|mark| (lane, mark));
+            let locked = jobs::lock_first(&lane, size, None)?;
+            if let Some(first) = locked.first() {
+                let is_all = room.is_none() && lanes.next().is_none();
+                self.ended = room.is_none().then(|| (lane, first.mark()));
                 self.next_look = Instant::now() + began.elapsed() * SPARING;
-                return Ok(locked);
+                return Ok((locked, is_all));
             }
         }
-        Ok(Vec::new())
+        Ok((Vec::new(), true))
     }
 
     fn size(&self) -> i64 {

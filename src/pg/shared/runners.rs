@@ -39,6 +39,8 @@ pub struct RunnerSlot {
     pub since: AtomicI64,
     /// It waits for a job, and nobody has woken it.
     pub is_waiting: AtomicBool,
+    /// It does not look at all lanes for a while, unless it is woken.
+    pub rests: AtomicBool,
     /// The job for which it was woken, 0 for none.
     pub offer: AtomicI64,
     /// It is to leave after its job: jobs of another role wait for its place, in the database with this OID.
@@ -62,6 +64,7 @@ impl Default for RunnerSlot {
             held: AtomicBool::new(false),
             since: AtomicI64::new(0),
             is_waiting: AtomicBool::new(false),
+            rests: AtomicBool::new(false),
             offer: AtomicI64::new(0),
             leave: AtomicU32::new(0),
             leave_at_once: AtomicBool::new(false),
@@ -190,6 +193,7 @@ impl RunnerSlot {
             self.since.store(worker::now(), Ordering::Relaxed);
             self.held.store(false, Ordering::Release);
             self.is_waiting.store(false, Ordering::Release);
+            self.rests.store(false, Ordering::Release);
             self.offer.store(0, Ordering::Release);
             self.leave.store(0, Ordering::Release);
         }
