@@ -270,6 +270,23 @@ fn a_queue_processes_no_more_than_its_limit_and_takes_a_new_one() {
 }
 
 #[test]
+fn runners_that_always_have_a_next_job_hear_of_a_new_limit() {
+    // Where there are limits before, who counts keeps runners from claiming now and then.
+    let cluster = Cluster::start_with(&["imbus.queues = ''"]);
+    let mut sql = cluster.database("jx_busy");
+    sql.batch_execute("CREATE FUNCTION nap() RETURNS void LANGUAGE sql AS 'SELECT pg_sleep(0.05)'").unwrap();
+    sql.batch_execute("SELECT ir_async_call('nap', queue => 'busy') FROM generate_series(1, 2000)").unwrap();
+    let count = |sql: &mut Client, state: &str| {
+        number(sql, &format!("(SELECT count(*) FROM ir_async WHERE state = '{state}')"))
+    };
+    eventually("several run", || count(&mut sql, "processing") > 2);
+    sql.batch_execute("ALTER SYSTEM SET imbus.queues = 'busy:1'").unwrap();
+    sql.batch_execute("SELECT pg_reload_conf()").unwrap();
+    eventually("one runs at a time", || (0..40).all(|_| count(&mut sql, "processing") <= 1));
+    assert!(count(&mut sql, "created") > 0, "none was idle meanwhile");
+}
+
+#[test]
 fn jobs_of_a_queue_that_is_no_longer_left_to_others_run_here() {
     let cluster = cluster();
     let mut sql = cluster.database("jx_taken_back");
