@@ -16,6 +16,7 @@ use std::rc::Rc;
 thread_local! {
     /// imbus itself inserts a job: the trigger keeps the role it was given.
     static ENQUEUEING: Cell<bool> = const { Cell::new(false) };
+    /// That of the table that was last put into.
     static LAYOUT: RefCell<Option<Known>> = const { RefCell::new(None) };
     /// The errors of a new job.
     static NO_ERRORS: Jsonb = Jsonb::parse("[]");
