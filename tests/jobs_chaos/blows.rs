@@ -87,11 +87,17 @@ pub fn terminate(cluster: &Cluster, database: &str, condition: &str, most: usize
     }
 }
 
-/// kill -9: the whole server goes through recovery. Until it goes down it still lets sessions in.
+/// kill -9: the whole server goes through recovery. Until it goes down it still lets sessions in. One that has just ended by itself
+/// takes the signal without effect, as long as the server has not heard of its end: then another is struck.
 fn kill(cluster: &Cluster, database: &str, condition: &str) {
     let mut witness = reach(cluster, database);
-    eventually("the process is there to be killed", || {
-        processes(cluster, database, condition).first().is_some_and(|pid| try_signal(*pid, libc::SIGKILL))
+    let mut struck = None;
+    eventually("the server goes down", || {
+        let is_up = witness.simple_query("SELECT 1").is_ok();
+        if is_up && struck.is_none_or(|pid| !try_signal(pid, 0)) {
+            let first = processes(cluster, database, condition).first().copied();
+            struck = first.filter(|pid| try_signal(*pid, libc::SIGKILL));
+        }
+        !is_up
     });
-    eventually("the server goes down", || witness.simple_query("SELECT 1").is_err());
 }
