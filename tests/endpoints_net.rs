@@ -3,6 +3,7 @@
 
 mod gateway;
 
+use gateway::steady::Steady;
 use gateway::*;
 use imbus::core::granted::Granted;
 use imbus::core::link::{Answer, Command, Event, Question};
@@ -10,7 +11,6 @@ use imbus::core::settings::{AuthMethod, Settings};
 use imbus::core::token::{Grant, sign};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 
 /// A request of a JSON-RPC call.
@@ -27,7 +27,7 @@ fn bearer() -> String {
 }
 
 /// One answer: its status, its head, its body.
-fn answer(tcp: &mut TcpStream) -> (u16, String, String) {
+fn answer(tcp: &mut Steady) -> (u16, String, String) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -42,7 +42,7 @@ fn answer(tcp: &mut TcpStream) -> (u16, String, String) {
 }
 
 /// The result of a call that is answered.
-fn result(tcp: &mut TcpStream) -> Value {
+fn result(tcp: &mut Steady) -> Value {
     let (status, head, body) = answer(tcp);
     assert_eq!(status, 200, "{head}{body}");
     let mut body: Value = serde_json::from_str(&body).unwrap();
@@ -54,7 +54,7 @@ fn ids(result: &Value) -> Vec<i64> {
     result.as_array().unwrap().iter().map(|entry| entry["id"].as_i64().unwrap()).collect()
 }
 
-fn say(tcp: &mut TcpStream, request: &str) {
+fn say(tcp: &mut Steady, request: &str) {
     tcp.write_all(request.as_bytes()).unwrap();
 }
 

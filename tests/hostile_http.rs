@@ -2,6 +2,7 @@
 
 mod gateway;
 
+use gateway::steady::Steady;
 use gateway::*;
 use imbus::core::granted::Granted;
 use imbus::core::link::{Answer, Command, Event, Question};
@@ -11,7 +12,6 @@ use imbus::net::bridge::ToNet;
 use imbus::net::counters::Rejection;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -33,7 +33,7 @@ fn poll(channels: &Value, last: i64) -> String {
 }
 
 /// The status and body of one answer; None when nothing comes, or the connection ends without one.
-fn answer(tcp: &mut TcpStream) -> Option<(u16, String, String)> {
+fn answer(tcp: &mut Steady) -> Option<(u16, String, String)> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let mut byte = [0];
@@ -50,7 +50,7 @@ fn answer(tcp: &mut TcpStream) -> Option<(u16, String, String)> {
 }
 
 /// Whether the peer has answered or hung up within the patience of the tests.
-fn reacts(tcp: &mut TcpStream) -> bool {
+fn reacts(tcp: &mut Steady) -> bool {
     tcp.read(&mut [0; 4096]).is_ok()
 }
 
@@ -256,7 +256,7 @@ fn a_poll_that_waits_costs_little_however_much_it_said() {
         body.len()
     );
     let before = resident();
-    let pollers: Vec<TcpStream> = (0..100)
+    let pollers: Vec<Steady> = (0..100)
         .map(|_| {
             let mut tcp = gateway.tcp();
             tcp.write_all(head.as_bytes()).unwrap();
@@ -308,7 +308,7 @@ fn a_changed_secret_leaves_those_alone_who_came_without_a_token() {
 fn one_long_message_to_many_pollers_is_kept_once() {
     let gateway = Gateway::new();
     let mut worker = gateway.worker();
-    let mut pollers: Vec<TcpStream> = (0..50)
+    let mut pollers: Vec<Steady> = (0..50)
         .map(|_| {
             let mut tcp = gateway.tcp();
             tcp.write_all(poll(&json!(["a"]), 1).as_bytes()).unwrap();

@@ -3,6 +3,7 @@
 
 mod gateway;
 
+use gateway::steady::Steady;
 use gateway::*;
 use imbus::core::channel::Channel;
 use imbus::core::link::{Command, Decoder, Event, encode};
@@ -12,7 +13,7 @@ use imbus::core::protocol::CHANNELS_MAX;
 use imbus::core::settings::Settings;
 use imbus::net::bridge::ToMain;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -153,14 +154,14 @@ impl Scene {
 }
 
 /// A socket to the gateway that is patient.
-fn tcp(gateway: &Gateway) -> TcpStream {
+fn tcp(gateway: &Gateway) -> Steady {
     let tcp = gateway.tcp();
     tcp.set_read_timeout(Some(LONG)).unwrap();
     tcp
 }
 
 /// What comes until the end; a reset ends it too.
-fn all(tcp: &mut TcpStream) -> String {
+fn all(tcp: &mut Steady) -> String {
     let mut bytes = Vec::new();
     match tcp.read_to_end(&mut bytes) {
         Err(error) if error.kind() != ErrorKind::ConnectionReset => panic!("{error}"),
@@ -169,7 +170,7 @@ fn all(tcp: &mut TcpStream) -> String {
 }
 
 /// Writes one byte each time nothing has come for a moment, until the connection ends. Tells what came.
-fn trickle(mut tcp: TcpStream, bytes: &[u8]) -> String {
+fn trickle(mut tcp: Steady, bytes: &[u8]) -> String {
     tcp.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
     let (mut came, mut buffer) = (Vec::new(), [0; 1024]);
     for byte in bytes {
@@ -195,7 +196,7 @@ fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
 #[test]
 fn slow_heads_and_bodies_are_ended_after_their_time_however_they_trickle() {
     let mut scene = Scene::with(settings());
-    let mut halves: Vec<TcpStream> = (0..200).map(|_| tcp(&scene.gateway)).collect();
+    let mut halves: Vec<Steady> = (0..200).map(|_| tcp(&scene.gateway)).collect();
     for (number, half) in halves.iter_mut().enumerate() {
         let request = "POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nbody";
         half.write_all(&request.as_bytes()[..request.len().min(10 + number)]).unwrap();
@@ -235,7 +236,7 @@ fn slow_heads_and_bodies_are_ended_after_their_time_however_they_trickle() {
 #[test]
 fn a_head_without_end_is_refused_when_it_is_too_long() {
     let mut scene = Scene::with(settings());
-    let mut endless: Vec<TcpStream> = (0..50).map(|_| tcp(&scene.gateway)).collect();
+    let mut endless: Vec<Steady> = (0..50).map(|_| tcp(&scene.gateway)).collect();
     endless.iter_mut().for_each(|tcp| tcp.write_all(b"GET /websocket HTTP/1.1\r\n").unwrap());
     for piece in 0..17 {
         for tcp in &mut endless {
@@ -352,7 +353,7 @@ fn a_burst_of_connects_is_served_up_to_the_limit_and_told_to_come_later_beyond()
         token(DEMO, "demo"),
         port = scene.gateway.port
     );
-    let mut crowd: Vec<TcpStream> = (0..count).map(|_| tcp(&scene.gateway)).collect();
+    let mut crowd: Vec<Steady> = (0..count).map(|_| tcp(&scene.gateway)).collect();
     for tcp in &mut crowd {
         // Those far beyond the limit are dropped unheard.
         let _ = tcp.write_all(request.as_bytes());

@@ -55,7 +55,6 @@ fn feed(socket: &mut Socket) -> Value {
     loop {
         match socket.ws.read() {
             Ok(tungstenite::Message::Text(text)) => return serde_json::from_str(&text).unwrap(),
-            Err(tungstenite::Error::Io(error)) if error.kind() == std::io::ErrorKind::Interrupted => {}
             other => drop(other.unwrap()),
         }
     }

@@ -5,6 +5,7 @@ mod fake_odoo;
 mod gateway;
 
 use fake_odoo::{Answer, CLOSED, Odoo, PEEK, PRESENCE, chunked};
+use gateway::steady::Steady;
 use gateway::*;
 use imbus::core::settings::{AuthMethod, Settings};
 use std::collections::HashSet;
@@ -41,7 +42,7 @@ fn upgrade(gateway: &Gateway, lines: &str) -> String {
 }
 
 /// What comes up to the end of the head, or to the end.
-fn head(tcp: &mut std::net::TcpStream) -> String {
+fn head(tcp: &mut Steady) -> String {
     let (mut got, mut byte) = (Vec::new(), [0]);
     while !got.ends_with(b"\r\n\r\n") && tcp.read(&mut byte).unwrap_or(0) == 1 {
         got.push(byte[0]);

@@ -2,6 +2,9 @@
 //! private (own data directory, own port, loopback only) and stopped when their `Cluster` is dropped.
 #![allow(dead_code)] // each test file uses its own part
 
+#[path = "../steady/mod.rs"]
+pub mod steady;
+
 use postgres::{Client, NoTls};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read, Write};
@@ -11,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+use steady::Steady;
 use tungstenite::client::IntoClientRequest;
 use tungstenite::{Message, WebSocket};
 
@@ -384,7 +388,7 @@ pub fn status(answer: &str) -> u16 {
 
 /// A websocket client.
 pub struct Socket {
-    pub ws: WebSocket<TcpStream>,
+    pub ws: WebSocket<Steady>,
     waiting: Vec<Value>,
 }
 
@@ -411,7 +415,7 @@ impl Socket {
         }
         let stream = TcpStream::connect(("127.0.0.1", port)).map_err(tungstenite::Error::Io)?;
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        match tungstenite::client(request, stream) {
+        match tungstenite::client(request, Steady(stream)) {
             Ok((ws, _)) => Ok(Socket { ws, waiting: Vec::new() }),
             Err(tungstenite::HandshakeError::Failure(error)) => Err(error),
             Err(tungstenite::HandshakeError::Interrupted(_)) => panic!("handshake interrupted"),

@@ -252,7 +252,8 @@ fn dribble(stream: &mut TcpStream) {
         // The pause between two bytes: nothing more is said to it.
         match stream.read(&mut [0]) {
             Ok(_) => return,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
             Err(_) => return,
         }
         if stream.write_all(b" ").is_err() {

@@ -3,6 +3,9 @@
 // Each test uses a part of it.
 #![allow(dead_code)]
 
+#[path = "../steady/mod.rs"]
+pub mod steady;
+
 use imbus::core::channel::Channel;
 use imbus::core::link::{Command, Connection, Decoder, Event, VERSION, encode};
 use imbus::core::notification::Notification;
@@ -17,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use steady::Steady;
 use tungstenite::client::IntoClientRequest;
 use tungstenite::{Message, WebSocket};
 
@@ -156,11 +160,11 @@ impl Gateway {
         }
     }
 
-    pub fn tcp(&self) -> TcpStream {
+    pub fn tcp(&self) -> Steady {
         let tcp = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         tcp.set_read_timeout(Some(PATIENCE)).unwrap();
         tcp.set_write_timeout(Some(PATIENCE)).unwrap();
-        tcp
+        Steady(tcp)
     }
 
     /// A websocket client with this query and these headers besides the necessary ones.
@@ -227,7 +231,7 @@ impl Drop for Gateway {
     }
 }
 
-pub fn rest(tcp: &mut TcpStream) -> String {
+pub fn rest(tcp: &mut Steady) -> String {
     let mut bytes = Vec::new();
     tcp.read_to_end(&mut bytes).unwrap();
     String::from_utf8_lossy(&bytes).into_owned()
@@ -261,6 +265,7 @@ impl Worker {
                 Ok(0) => return None,
                 Ok(count) => self.decoder.feed(&bytes[..count]),
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => return None,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => panic!("{error}"),
             }
         }
@@ -328,7 +333,7 @@ pub fn notifications(pairs: &[(i64, &str)]) -> Vec<Notification> {
 // The client
 
 pub struct Client {
-    pub socket: WebSocket<TcpStream>,
+    pub socket: WebSocket<Steady>,
 }
 
 impl Client {
