@@ -73,9 +73,8 @@ CREATE TABLE @extschema@.ir_async (
     -- are compiled anew by each statement, which cost a fifth of an enqueueing.
 );
 
--- Where most jobs wait and run, by turns: what updates leave behind goes when one of them is truncated, however old the
--- oldest transaction is (src/pg/rotation.rs). Jobs with an identity_key or dependencies, and those that have ended, are in
--- ir_async itself.
+-- Where jobs wait and run, by turns: what updates leave behind goes when one of them is truncated, however old the oldest
+-- transaction is (src/pg/rotation.rs). Those that have ended are in ir_async itself.
 CREATE TABLE @extschema@.ir_async_1 (CONSTRAINT ir_async_1_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
 CREATE TABLE @extschema@.ir_async_2 (CONSTRAINT ir_async_2_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
 CREATE TABLE @extschema@.ir_async_3 (CONSTRAINT ir_async_3_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
@@ -143,27 +142,40 @@ CREATE INDEX ir_async_claim_index ON @extschema@.ir_async (queue, (CASE WHEN res
 CREATE INDEX ir_async_processing_index ON @extschema@.ir_async (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_finished_index ON @extschema@.ir_async (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX ir_async_user_index ON @extschema@.ir_async (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
+CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE NOT ready AND state = 'created';
+CREATE INDEX ir_async_depends_on_index ON @extschema@.ir_async USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
+-- Of its own table each; src/pg/jobs/identity.rs sees to what they have to do with each other.
+CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
+    WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX ir_async_1_claim_index ON @extschema@.ir_async_1 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_1_processing_index ON @extschema@.ir_async_1 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_1_finished_index ON @extschema@.ir_async_1 (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX ir_async_1_user_index ON @extschema@.ir_async_1 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
+CREATE INDEX ir_async_1_blocked_index ON @extschema@.ir_async_1 (id) WHERE NOT ready AND state = 'created';
+CREATE INDEX ir_async_1_depends_on_index ON @extschema@.ir_async_1 USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
+CREATE UNIQUE INDEX ir_async_1_identity_index ON @extschema@.ir_async_1 (identity_key)
+    WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX ir_async_2_claim_index ON @extschema@.ir_async_2 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_2_processing_index ON @extschema@.ir_async_2 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_2_finished_index ON @extschema@.ir_async_2 (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX ir_async_2_user_index ON @extschema@.ir_async_2 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
+CREATE INDEX ir_async_2_blocked_index ON @extschema@.ir_async_2 (id) WHERE NOT ready AND state = 'created';
+CREATE INDEX ir_async_2_depends_on_index ON @extschema@.ir_async_2 USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
+CREATE UNIQUE INDEX ir_async_2_identity_index ON @extschema@.ir_async_2 (identity_key)
+    WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX ir_async_3_claim_index ON @extschema@.ir_async_3 (queue, (CASE WHEN res_model IS NULL THEN 0 ELSE 1 END), role,
                                                                 priority, run_at, id)
     WHERE state = 'created' AND ready;
 CREATE INDEX ir_async_3_processing_index ON @extschema@.ir_async_3 (token, id) WHERE state = 'processing';
 CREATE INDEX ir_async_3_finished_index ON @extschema@.ir_async_3 (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX ir_async_3_user_index ON @extschema@.ir_async_3 (user_id, id) WHERE user_id IS NOT NULL AND name IS NOT NULL;
-CREATE INDEX ir_async_blocked_index ON @extschema@.ir_async (id) WHERE state = 'created' AND NOT ready;
-CREATE INDEX ir_async_depends_on_index ON @extschema@.ir_async USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
-CREATE UNIQUE INDEX ir_async_identity_index ON @extschema@.ir_async (identity_key)
+CREATE INDEX ir_async_3_blocked_index ON @extschema@.ir_async_3 (id) WHERE NOT ready AND state = 'created';
+CREATE INDEX ir_async_3_depends_on_index ON @extschema@.ir_async_3 USING gin (depends_on) WITH (fastupdate = off) WHERE NOT ready;
+CREATE UNIQUE INDEX ir_async_3_identity_index ON @extschema@.ir_async_3 (identity_key)
     WHERE identity_key IS NOT NULL AND state IN ('created', 'processing');
 CREATE INDEX imbus_schedule_next_run_index ON @extschema@.imbus_schedule (next_run);
 CREATE INDEX imbus_schedule_last_run_index ON @extschema@.imbus_schedule (last_run);

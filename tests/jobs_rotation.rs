@@ -99,8 +99,11 @@ fn what_waits_and_what_is_worked_on_outlasts_its_table() {
     let claimed = call(&mut sql, "'note', '[2]', queue => 'out'");
     let waiting = call(&mut sql, "'note', '[3]', queue => 'out'");
     let keyed = call(&mut sql, "'note', '[4]', queue => 'out', identity_key => 'a key'");
+    let blocked = call(&mut sql, &format!("'note', '[5]', depends_on => ARRAY[{keyed}, {long}]"));
     let first = place(&mut sql, later);
-    assert_eq!([place(&mut sql, claimed), place(&mut sql, waiting)], [first.clone(), first.clone()]);
+    for id in [claimed, waiting, keyed, blocked] {
+        assert_eq!(place(&mut sql, id), first);
+    }
     let token: String = runner.query_one("SELECT token FROM ir_async_claim('out')", &[]).unwrap().get(0);
     eventually("the long one runs", || {
         number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {long} AND state = 'processing')")) == 1
@@ -108,7 +111,8 @@ fn what_waits_and_what_is_worked_on_outlasts_its_table() {
     burst(&mut sql, 60_000);
     eventually("what waits has another table", || place(&mut sql, later) != first);
     eventually("so have the others", || {
-        [waiting, long, failed].iter().all(|id| place(&mut sql, *id) != first) && place(&mut sql, failed) == "ir_async"
+        [waiting, long, failed, keyed, blocked].iter().all(|id| place(&mut sql, *id) != first)
+            && place(&mut sql, failed) == "ir_async"
     });
     assert_eq!(place(&mut sql, claimed), first, "a runner outside works on it");
     // All of them are what they were.
@@ -128,10 +132,11 @@ fn what_waits_and_what_is_worked_on_outlasts_its_table() {
         assert_eq!(row.get::<_, i64>(0), id);
         runner.execute("SELECT ir_async_finish($1, $2, '1')", &[&id, &row.get::<_, String>(1)]).unwrap();
     }
+    ended(&mut sql, blocked, "succeeded");
     assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&later]).unwrap().get::<_, bool>(0));
     // Once nobody works in it any more, the table goes.
     eventually("it is truncated", || number(&mut sql, &format!("pg_relation_size('{first}')")) == 0);
-    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async)"), 60_006);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async)"), 60_007);
 }
 
 #[test]
@@ -255,8 +260,19 @@ fn a_row_put_in_by_hand_takes_nobodys_place() {
             assert_eq!(common::refusal(insert(&mut hand, table, id, ("", ""))), "23505", "{table}");
         }
     }
-    assert_eq!(common::refusal(insert(&mut hand, "ir_async_2", 1001, (", identity_key", ", 'k'"))), "23514");
-    assert_eq!(common::refusal(insert(&mut hand, "ir_async_2", 1002, (", depends_on", ", '{1}'"))), "23514");
+    // Nor its key while it has not ended.
+    let keyed = call(&mut sql, "'note', '[4]', queue => 'out', identity_key => 'k'");
+    for table in ["ir_async", "ir_async_1", "ir_async_2", "ir_async_3"] {
+        assert_eq!(common::refusal(insert(&mut hand, table, 1001, (", identity_key", ", 'k'"))), "23505", "{table}");
+    }
+    sql.query_one("SELECT ir_async_cancel($1)", &[&keyed]).unwrap();
+    insert(&mut hand, "ir_async_2", 1001, (", identity_key", ", 'k'")).unwrap();
+    assert_eq!(common::refusal(insert(&mut hand, "ir_async_3", 1002, (", identity_key", ", 'k'"))), "23505");
+    assert_eq!(call(&mut sql, "'note', '[5]', queue => 'out', identity_key => 'k'"), 1001);
+    // What waits for others does wherever it is.
+    let blocked = format!(", '{{{claimed}}}'");
+    insert(&mut hand, "ir_async_2", 1002, (", depends_on", &blocked)).unwrap();
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE id = 1002 AND NOT ready)"), 1);
     // A token that was seen in the table is nobody else's.
     insert(&mut hand, "ir_async_3", 1003, (", state, token", &format!(", 'processing', '{token}'"))).unwrap();
     let row = sql.query_one("SELECT state::text, token::text, role::regrole::text FROM ir_async WHERE id = 1003", &[]);
@@ -322,4 +338,202 @@ fn who_has_the_same_id_by_hand_is_not_given_back_dead_or_deleted_in_anothers_ste
     assert!(is(&mut sql, "r_one", "state = 'processing'"));
     drop(first);
     eventually("and the other one is still there", || is(&mut sql, "r_one", "state = 'created'"));
+}
+
+/// So many jobs with keys of their own, each of which another one waits for.
+fn keyed_burst(sql: &mut Client, name: &str, pairs: i32) {
+    let text = "WITH first AS (
+             SELECT * FROM ir_async_call_many((SELECT jsonb_agg(jsonb_build_object(
+                 'target', 'nothing', 'identity_key', $1 || n)) FROM generate_series(1, $2) n)) f (id))
+         SELECT count(*) FROM ir_async_call_many((SELECT jsonb_agg(jsonb_build_object(
+                 'target', 'nothing', 'depends_on', ARRAY[id])) FROM first)) s (id)";
+    sql.query_one(text, &[&name, &pairs]).unwrap();
+}
+
+#[test]
+fn nor_do_those_of_jobs_with_keys_and_of_those_that_wait_for_others() {
+    let (cluster, mut sql) = cluster("rotation_keyed");
+    let mut other = cluster.connect("rotation_keyed");
+    let mut open = stay_open(&mut other);
+    for round in 0..3 {
+        keyed_burst(&mut sql, &format!("{round} "), 20_000);
+        eventually("all is done", || {
+            number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
+        });
+    }
+    eventually("they are cleared away", || size(&mut sql) < 20 * MB);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state = 'done' AND attempts = 1)"), 120_000);
+    // What has ended is where nothing is truncated: its own dead rows would stay.
+    eventually("it is counted", || number(&mut sql, "pg_stat_get_live_tuples('ir_async'::regclass)") > 100_000);
+    assert!(number(&mut sql, "pg_stat_get_dead_tuples('ir_async'::regclass)") < 1_000);
+    number(&mut open, "(SELECT count(*) FROM noted)");
+}
+
+/// Has another table take new jobs.
+fn change_table(sql: &mut Client) {
+    let id = call(sql, "'nothing'");
+    let first = place(sql, id);
+    burst(sql, 60_000);
+    eventually("another table takes the jobs", || {
+        let next = call(sql, "'nothing', run_at => 'infinity'");
+        let is_another = place(sql, next) != first;
+        sql.query_one("SELECT ir_async_cancel($1)", &[&next]).unwrap();
+        is_another
+    });
+}
+
+/// Has a session enqueue a job with key 'k' that stays; its id.
+fn enqueue_beside(cluster: &Cluster, database: &'static str) -> std::thread::JoinHandle<i64> {
+    let mut session = cluster.connect(database);
+    std::thread::spawn(move || call(&mut session, "'nothing', queue => 'out', identity_key => 'k'"))
+}
+
+#[test]
+fn a_key_is_one_jobs_in_whatever_tables_it_is_asked_for() {
+    let (cluster, mut sql) = cluster("rotation_twins");
+    let (mut first, mut second) = (cluster.connect("rotation_twins"), cluster.connect("rotation_twins"));
+    let mut third = cluster.connect("rotation_twins");
+    const CALL: &str = "SELECT ir_async_call('nothing', queue => 'out', identity_key => $1)";
+    let enqueue = |transaction: &mut Transaction<'_>, key: &str| {
+        transaction.query_one(CALL, &[&key]).map(|row| row.get::<_, i64>(0))
+    };
+    let waits = |sql: &mut Client| {
+        eventually("somebody waits", || {
+            number(sql, "(SELECT count(*) FROM pg_stat_activity WHERE wait_event IN ('transactionid', 'virtualxid'))")
+                == 1
+        });
+    };
+    // While it is not committed, in a table that does not take the jobs any more.
+    let mut open = first.transaction().unwrap();
+    let id = enqueue(&mut open, "k").unwrap();
+    let mut undone = second.transaction().unwrap();
+    enqueue(&mut undone, "undone").unwrap();
+    // Of the time before it.
+    let mut old = stay_open(&mut third);
+    change_table(&mut sql);
+    let beside = enqueue_beside(&cluster, "rotation_twins");
+    waits(&mut sql);
+    open.commit().unwrap();
+    assert_eq!(beside.join().unwrap(), id, "the other's");
+    assert_eq!(common::refusal(old.query(CALL, &[&"k"])), "40001");
+    drop(old);
+    let mut session = cluster.connect("rotation_twins");
+    let beside = std::thread::spawn(move || call(&mut session, "'nothing', queue => 'out', identity_key => 'undone'"));
+    waits(&mut sql);
+    undone.rollback().unwrap();
+    let own = beside.join().unwrap();
+    assert_eq!(call(&mut sql, "'nothing', queue => 'out', identity_key => 'undone'"), own);
+    // One that is brought back: it comes to where the others are, beside none with its key.
+    assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&id]).unwrap().get::<_, bool>(0));
+    let mut open = first.transaction().unwrap();
+    let later = enqueue(&mut open, "k").unwrap();
+    change_table(&mut sql);
+    let mut session = cluster.connect("rotation_twins");
+    let retry = "SELECT ir_async_retry($1)";
+    let beside = std::thread::spawn(move || common::refusal(session.query(retry, &[&id])));
+    waits(&mut sql);
+    open.commit().unwrap();
+    assert_eq!(beside.join().unwrap(), "23505");
+    assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&later]).unwrap().get::<_, bool>(0));
+    assert!(sql.query_one(retry, &[&id]).unwrap().get::<_, bool>(0));
+    assert_ne!(place(&mut sql, id), "ir_async", "it waits where the others do");
+    assert_eq!(call(&mut sql, "'nothing', queue => 'out', identity_key => 'k'"), id);
+}
+
+#[test]
+fn no_key_has_two_jobs_while_many_ask_for_it_and_the_tables_change() {
+    let (cluster, mut sql) = cluster("rotation_storm");
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let goes_on = move || std::time::Instant::now() < until;
+    let asker = |seed: i32| {
+        let mut session = cluster.connect("rotation_storm");
+        std::thread::spawn(move || {
+            let (mut ids, mut deadlocks) = (std::collections::BTreeSet::new(), 0);
+            let text = "SELECT ir_async_call('note', jsonb_build_array($1::int), identity_key => ($1::int % 3)::text,
+                                      priority => 0)";
+            for n in (0_i32..).take_while(|_| goes_on()) {
+                match session.query_one(text, &[&(seed + n)]) {
+                    Ok(row) => drop(ids.insert(row.get::<_, i64>(0))),
+                    // Two have met while the tables changed.
+                    Err(error) if error.code().is_some_and(|code| code.code() == "40P01") => deadlocks += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            (ids, deadlocks)
+        })
+    };
+    let askers: Vec<_> = (0..4).map(asker).collect();
+    let mut watcher = cluster.connect("rotation_storm");
+    let watch = std::thread::spawn(move || {
+        while goes_on() {
+            let twins = "(SELECT count(*) FROM (SELECT FROM ir_async WHERE state IN ('created', 'processing')
+                           AND identity_key IS NOT NULL GROUP BY identity_key HAVING count(*) > 1) t)";
+            assert_eq!(number(&mut watcher, twins), 0);
+        }
+    });
+    let (mut turns, mut last) = (0, String::new());
+    while goes_on() {
+        burst(&mut sql, 40_000);
+        let id = call(&mut sql, "'nothing'");
+        let now = place(&mut sql, id);
+        turns += i32::from(now != std::mem::replace(&mut last, now.clone()));
+    }
+    watch.join().unwrap();
+    let asked: Vec<_> = askers.into_iter().map(|asker| asker.join().unwrap()).collect();
+    let ids: std::collections::BTreeSet<i64> = asked.iter().flat_map(|(ids, _)| ids).copied().collect();
+    println!("{turns} tables, {} jobs, {} deadlocks", ids.len(), asked.iter().map(|(_, count)| count).sum::<i32>());
+    eventually("all is done", || {
+        number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
+    });
+    let noted = number(&mut sql, "(SELECT count(*) FROM noted)");
+    assert_eq!(noted, i64::try_from(ids.len()).unwrap(), "each job that somebody was told of has run, once");
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE identity_key IS NOT NULL)"), noted);
+}
+
+#[test]
+fn who_asks_for_a_key_in_two_tables_at_once_gets_one_job() {
+    const KEYS: i64 = 24;
+    let (cluster, mut sql) = cluster("rotation_meeting");
+    let mut hand = cluster.connect("rotation_meeting");
+    let waiting = |sql: &mut Client, count: i64| {
+        let text = "(SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND wait_event = 'object')";
+        eventually("they wait", || number(sql, text) == count);
+    };
+    let askers = || {
+        let ask = |key: i64| {
+            let mut session = cluster.connect("rotation_meeting");
+            std::thread::spawn(move || {
+                let text = "SELECT ir_async_call('nothing', queue => 'out', identity_key => 'key ' || $1)";
+                session.query_one(text, &[&key.to_string()]).map(|row| row.get::<_, i64>(0))
+            })
+        };
+        (0..KEYS).map(ask).collect::<Vec<_>>()
+    };
+    // The tables are ready.
+    change_table(&mut sql);
+    // Whoever puts a job with a key in by hand has all wait who enqueue such, after they have chosen a table.
+    let mut open = hand.transaction().unwrap();
+    open.batch_execute(
+        "SET LOCAL ROLE pg_database_owner;
+         INSERT INTO ir_async_1 (id, method, role, identity_key) VALUES (-1, 'public.nothing()', 10, 'by hand')",
+    )
+    .unwrap();
+    let mut all = askers();
+    waiting(&mut sql, KEYS);
+    change_table(&mut sql);
+    all.extend(askers());
+    waiting(&mut sql, 2 * KEYS);
+    open.commit().unwrap();
+    let mut met = 0;
+    for asker in all {
+        match asker.join().unwrap() {
+            Ok(_) => {}
+            Err(error) if error.code().is_some_and(|code| code.code() == "40P01") => met += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    println!("{met} of {KEYS} pairs were in both tables");
+    let jobs = "(SELECT count(*) FROM ir_async WHERE state = 'created' AND identity_key LIKE 'key %')";
+    assert_eq!(number(&mut sql, jobs), KEYS);
+    assert_eq!(number(&mut sql, &jobs.replace("count(*)", "count(DISTINCT identity_key)")), KEYS);
 }

@@ -122,22 +122,34 @@ pub unsafe fn cells<'a>(list: *mut pg_sys::List) -> &'a [pg_sys::ListCell] {
     }
 }
 
-/// Locks some object that belongs to a table, by a number of the caller's, for the rest of the transaction (LockDatabaseObject of
-/// storage/lmgr.h): unlike an advisory lock, no statement can take it. False when somebody else has it and is not to be waited for.
-pub fn lock_object(relid: pg_sys::Oid, number: u16, waits: bool) -> bool {
-    // SAFETY: main thread, inside a transaction; a tag as SET_LOCKTAG_OBJECT makes it (storage/lock.h).
-    unsafe {
-        let tag = pg_sys::LOCKTAG {
-            locktag_field1: pg_sys::MyDatabaseId.into(),
-            locktag_field2: pg_sys::RelationRelationId.into(),
-            locktag_field3: relid.into(),
-            locktag_field4: number,
-            locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
-            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
-        };
-        let mode = pg_sys::ExclusiveLock as pg_sys::LOCKMODE;
-        pg_sys::LockAcquire(&raw const tag, mode, false, !waits) != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+/// Some object that belongs to a table, by a number of the caller's (SET_LOCKTAG_OBJECT of storage/lock.h): unlike an advisory lock,
+/// no statement can lock it.
+fn object(relid: pg_sys::Oid, number: u16) -> pg_sys::LOCKTAG {
+    pg_sys::LOCKTAG {
+        // SAFETY: a plain global.
+        locktag_field1: unsafe { pg_sys::MyDatabaseId }.into(),
+        locktag_field2: pg_sys::RelationRelationId.into(),
+        locktag_field3: relid.into(),
+        locktag_field4: number,
+        locktag_type: pg_sys::LockTagType::LOCKTAG_OBJECT as u8,
+        locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
     }
+}
+
+/// Locks such an object until the transaction's end or `unlock_object` (LockDatabaseObject of storage/lmgr.h). False when somebody
+/// else has it and is not to be waited for.
+pub fn lock_object(relid: pg_sys::Oid, number: u16, mode: u32, waits: bool) -> bool {
+    let tag = object(relid, number);
+    // SAFETY: main thread, inside a transaction; a valid tag.
+    let result = unsafe { pg_sys::LockAcquire(&raw const tag, mode as pg_sys::LOCKMODE, false, !waits) };
+    result != pg_sys::LockAcquireResult::LOCKACQUIRE_NOT_AVAIL
+}
+
+/// Gives such a lock back.
+pub fn unlock_object(relid: pg_sys::Oid, number: u16, mode: u32) {
+    let tag = object(relid, number);
+    // SAFETY: as above.
+    unsafe { pg_sys::LockRelease(&raw const tag, mode as pg_sys::LOCKMODE, false) };
 }
 
 /// Truncates a table that this transaction has locked ACCESS EXCLUSIVE, as TRUNCATE does.

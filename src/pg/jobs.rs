@@ -1,11 +1,12 @@
 //! Table `ir_async`: every statement on it. All run as the table's owner; each change of a job's state is notified in
-//! the same transaction. Most jobs wait and run in its children, by turns (`rotation`), and come into the table itself when
-//! they have ended; a statement on it means the children too.
+//! the same transaction. Jobs wait and run in its children, by turns (`rotation`), and come into the table itself when they
+//! have ended; a statement on it means the children too.
 
 mod claims;
 mod control;
 mod endings;
 mod enqueue;
+mod identity;
 mod outside;
 mod overview;
 mod rotation;

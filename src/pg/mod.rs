@@ -10,6 +10,7 @@ mod catalog;
 mod database;
 mod datum;
 mod direct;
+mod dirty;
 mod dispatcher;
 mod ffi;
 mod functions;

@@ -101,13 +101,13 @@ impl Room {
 
 /// Counting and claiming are one where queues have limits. False when another transaction is at it.
 pub fn lock_limits() -> Outcome<bool> {
-    Ok(guc::queues().is_empty() || ffi::lock_object(table()?.relid, COUNTING, false))
+    Ok(guc::queues().is_empty() || ffi::lock_object(table()?.relid, COUNTING, pg_sys::ExclusiveLock, false))
 }
 
 /// How many more jobs of the queue may be processed, at most `wanted`; the limits are locked.
 pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
     let Some(limit) = guc::queues().of(queue).filter(|limit| *limit > 0) else { return Ok(wanted) };
-    ffi::lock_object(table()?.relid, COUNTING, true);
+    ffi::lock_object(table()?.relid, COUNTING, pg_sys::ExclusiveLock, true);
     let text = "SELECT pg_catalog.count(*) FROM TABLE WHERE state = 'processing' AND queue = $1";
     let taken = on_table(text, &[Text(queue.to_owned()).into()], |row| row.need::<i64>(1))?.into_iter().next();
     Ok(i64::try_from(limit).unwrap_or(i64::MAX).saturating_sub(taken.unwrap_or(0)).clamp(0, wanted))
@@ -314,8 +314,8 @@ fn is_gone(id: i64, oldest: u64) -> bool {
     })
 }
 
-/// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. They are in the table itself.
-/// Looks at some, those with ids above `after`.
+/// Lets those of the blocked jobs wait in their lanes whose dependencies have all ended well. Looks at some, those with ids above
+/// `after`.
 pub fn release(after: i64) -> Outcome<Blocked> {
     let text = blocked("c.state = 'created' AND c.id > $1 ORDER BY c.id");
     let seen = on_table(&text, &[after.into(), BLOCKED.into()], judged)?;
@@ -345,7 +345,7 @@ fn blocked(which: &str) -> String {
     format!(
         "SELECT b.id, d.are_well, d.are_there, pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint,
                 b.state = 'created'
-           FROM (SELECT c.id, c.depends_on, c.state FROM ONLY TABLE c WHERE NOT c.ready AND {which} LIMIT $2) b
+           FROM (SELECT c.id, c.depends_on, c.state FROM TABLE c WHERE NOT c.ready AND {which} LIMIT $2) b
           CROSS JOIN LATERAL (
                 SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
                        COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
@@ -370,7 +370,8 @@ fn free(seen: &[(i64, bool)]) -> Outcome<bool> {
     let free: Vec<i64> = seen.iter().filter(|(_, is_free)| *is_free).map(|(id, _)| *id).collect();
     let others_stay = free.len() < seen.len();
     if !free.is_empty() {
-        let text = "UPDATE ONLY TABLE SET ready = true WHERE id IN (SELECT c.id FROM ONLY TABLE c WHERE c.id = ANY($1)
+        let text =
+            "UPDATE TABLE SET ready = true WHERE NOT ready AND id IN (SELECT c.id FROM TABLE c WHERE c.id = ANY($1)
                        AND c.state = 'created' AND NOT c.ready FOR UPDATE SKIP LOCKED) RETURNING id";
         on_table(text, &[free.into()], |_| Ok(()))?;
     }

@@ -1,9 +1,11 @@
 //! What the role that enqueued a job may do with it.
 
-use super::{Place, Token, change_and_tell, on_named, on_table, table};
+use super::endings::relocate;
+use super::identity::{self, Put};
+use super::{Place, Token, change_and_tell, enqueue, on_table, table};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::{shared, sql, wake, worker};
+use crate::pg::{bus, shared, sql, wake, worker};
 use pgrx::prelude::*;
 
 /// A job's state as JSON for its own role, a member of it, or whoever may read the table; None for others.
@@ -87,20 +89,22 @@ fn refused(id: i64, is_there: bool, rule: &str) -> pg_sys::panic::ErrorReport {
     report(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, &message, detail, "")
 }
 
-/// A job that somebody wants to change: where it is, its state and its token.
+/// A job that somebody wants to change: where it is, its state, its token and its identity_key.
 struct Known {
     place: Place,
     state: String,
     token: Option<Token>,
+    key: Option<String>,
 }
 
 /// Looks up a job that the caller may change: its own role only. A row that was inserted by hand may have the id of
 /// somebody else's. Errors: 42704, 42501, 40001.
 fn own(id: i64) -> Outcome<Known> {
-    let text = "SELECT role, state::text, token::text, tableoid FROM TABLE WHERE id = $1";
+    let text = "SELECT role, state::text, token::text, identity_key::text, tableoid FROM TABLE WHERE id = $1";
     let found = on_table(text, &[id.into()], |row| {
-        let (place, token) = (Place::of(row.need(4)?)?, row.get::<Text>(3)?.map(|text| text.0));
-        Ok((row.need::<pg_sys::Oid>(1)?, Known { place, state: row.text(2)?, token }))
+        let or_none = |text: Option<Text>| text.map(|text| text.0);
+        let (token, key) = (or_none(row.get(3)?), or_none(row.get(4)?));
+        Ok((row.need::<pg_sys::Oid>(1)?, Known { place: Place::of(row.need(5)?)?, state: row.text(2)?, token, key }))
     })?;
     let is_there = !found.is_empty();
     let known = found.into_iter().find(|(role, _)| has_rights(*role));
@@ -153,26 +157,53 @@ pub fn retry(id: i64) -> Outcome<bool> {
             }
             _ => return Ok(false),
         }
-        let text = "SELECT t.id FROM PLACE j JOIN ONLY TABLE t ON t.identity_key = j.identity_key
-                     WHERE j.id = $1 AND t.state IN ('created', 'processing')";
-        let twins = on_named(text, &[known.place.name()], &[id.into()], |row| row.need::<i64>(1))?;
-        if let Some(twin) = twins.first() {
-            return Err(report(
-                PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
-                &format!("job {id} cannot be brought back now"),
-                &format!("Job {twin} has the same identity_key, and has not ended."),
-                "Wait for that one, or cancel it.",
-            ));
+        let twin = match &known.key {
+            Some(key) => identity::twin(key)?,
+            None => None,
+        };
+        if twin.is_some() {
+            return Err(has_twin(id, twin));
         }
-        let text = "UPDATE PLACE j SET state = 'created', attempts = 0, deaths = 0, payload = NULL, traceback = NULL,
-                           finished_at = NULL, run_at = pg_catalog.clock_timestamp(),
-                           write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                     WHERE id = $1 AND state IN ('failed', 'cancelled')";
-        if change_and_tell(text, &[known.place.name()], &[id.into()])? > 0 {
-            wake::enqueued_blocked();
-            return Ok(true);
+        let table = table()?;
+        let relid = enqueue::filling(&table).unwrap_or(table.relid);
+        let bring = || {
+            let to = bus::name(relid).unwrap_or_default();
+            let condition = "j.id = $1 AND j.state IN ('failed', 'cancelled')";
+            relocate(&known.place, &to, condition, "", &BROUGHT_BACK, &[id.into()])
+        };
+        match identity::put(&table, known.key.as_deref(), relid, bring)? {
+            // Somebody else has just brought it back, or it has another table; or its twin is to be seen now.
+            Put::Alone(0) | Put::Beside(0) | Put::Before => {
+                pgrx::check_for_interrupts!();
+            }
+            Put::Alone(_) => {
+                wake::enqueued_blocked();
+                return Ok(true);
+            }
+            Put::Beside(_) => return Err(has_twin(id, None)),
         }
-        // Somebody else has just brought it back, or it has another table.
-        pgrx::check_for_interrupts!();
     }
+}
+
+/// What changes when a job is brought back.
+const BROUGHT_BACK: [(&str, &str); 8] = [
+    ("state", "'created'"),
+    ("attempts", "0"),
+    ("deaths", "0"),
+    ("payload", "NULL"),
+    ("traceback", "NULL"),
+    ("finished_at", "NULL"),
+    ("run_at", "pg_catalog.clock_timestamp()"),
+    ("write_date", "pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'"),
+];
+
+/// Why a job cannot be brought back.
+fn has_twin(id: i64, twin: Option<i64>) -> pg_sys::panic::ErrorReport {
+    let twin = twin.map_or_else(|| "Another job".to_owned(), |twin| format!("Job {twin}"));
+    report(
+        PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION,
+        &format!("job {id} cannot be brought back now"),
+        &format!("{twin} has the same identity_key, and has not ended."),
+        "Wait for that one, or cancel it.",
+    )
 }

@@ -11,11 +11,20 @@ use pgrx::prelude::*;
 
 /// Ends jobs of this table whose rows fulfil a condition on `j`, and puts them with these changes where ended jobs are.
 /// `given` is what they are joined with, as `d (id, payload)`, or nothing. Returns how many.
-fn end(
+fn end(place: &Place, condition: &str, given: &str, changes: Changes<'_>, args: &[DatumWithOid<'_>]) -> Outcome<usize> {
+    relocate(place, &table()?.name, condition, given, changes, args)
+}
+
+/// Columns, and what stands there from now on: expressions on the former row `g`.
+pub(super) type Changes<'a> = &'a [(&'a str, &'a str)];
+
+/// The same into the table of this name.
+pub(super) fn relocate(
     place: &Place,
+    to: &str,
     condition: &str,
     given: &str,
-    changes: &[(&str, &str)],
+    changes: Changes<'_>,
     args: &[DatumWithOid<'_>],
 ) -> Outcome<usize> {
     let table = table()?;
@@ -27,9 +36,9 @@ fn end(
     let (using, more) = if given.is_empty() { ("", "") } else { ("USING", ", d.payload AS given") };
     let text = format!(
         "WITH g AS (DELETE FROM PLACE j {using} {given} WHERE {condition} RETURNING j.*{more})
-         INSERT INTO TABLE AS j (COLUMNS) SELECT VALUES FROM g"
+         INSERT INTO NEXT AS j (COLUMNS) SELECT VALUES FROM g"
     );
-    move_and_tell(&text, &[place.name(), ("COLUMNS", &columns), ("VALUES", &values)], args)
+    move_and_tell(&text, &[place.name(), ("NEXT", to), ("COLUMNS", &columns), ("VALUES", &values)], args)
 }
 
 /// What changes when a job ends, but for its state and its payload.

@@ -1,9 +1,10 @@
 //! Enqueueing a job, and what becomes of one that is inserted by hand.
 
-use super::{NOTIFICATION, Table, change, on_table, rotation, table};
+use super::identity::{self, Put};
+use super::{NOTIFICATION, Place, Table, change, on_named, on_table, rotation, table};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
-use crate::pg::datum::{Jsonb, JsonbText, Str, Text};
+use crate::pg::datum::{Jsonb, JsonbText, Str};
 use crate::pg::direct::{self, Indexes};
 use crate::pg::report::{Outcome, internal, report};
 use crate::pg::{bus, catalog, guc, wake, worker};
@@ -141,12 +142,10 @@ pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
         check_dependencies(&table, dependencies)?;
     }
     let mut ids = Vec::with_capacity(jobs.len());
-    let alike = |one: &New, other: &New| {
-        one.identity_key.is_none() && other.identity_key.is_none() && one.is_ready() == other.is_ready()
-    };
+    let alike = |one: &New, other: &New| one.identity_key.is_none() && other.identity_key.is_none();
     for group in jobs.chunk_by(alike) {
         let created = match group {
-            [once] if once.identity_key.is_some() => match insert_once(&table, once)? {
+            [New { identity_key: Some(key), .. }] => match insert_once(&table, &group[0], key)? {
                 Ok(id) => vec![id],
                 Err(twin) => {
                     ids.push(twin);
@@ -156,7 +155,8 @@ pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
             _ => match put_in(&table, group)? {
                 Some(created) => created,
                 None => {
-                    let insert = |new| insert(&table, new, "")?.first().copied().ok_or_else(suppressed);
+                    let place = &table.name;
+                    let insert = |new| insert(&table, place, new, "")?.first().copied().ok_or_else(suppressed);
                     group.iter().map(insert).collect::<Outcome<_>>()?
                 }
             },
@@ -213,18 +213,13 @@ fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> O
     rows.collect()
 }
 
-/// Puts jobs in the short way (`direct`), into the table that fills if they wait for nothing but their turn: their ids; None where
-/// the long way must be gone.
+/// Puts jobs in the short way (`direct`), into the table that fills: their ids; None where the long way must be gone.
 fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     // Made by the bootstrap superuser, as everything of a trusted extension; somebody may have given it away.
     // SAFETY: a cache look-up inside a transaction.
     let is_superusers = unsafe { pg_sys::superuser_arg(table.owner) };
     let indexes = if is_superusers { Indexes::Superusers } else { Indexes::Anybodys };
-    let is_ready = jobs.first().is_some_and(New::is_ready);
-    let relid = rotation::filling(table).filter(|_| is_ready).unwrap_or(table.relid);
-    if relid != table.relid && direct::fires(table.relid, is_not_own) {
-        return Ok(None);
-    }
+    let Some(relid) = filling(table) else { return Ok(None) };
     direct::with(
         relid,
         indexes,
@@ -236,6 +231,11 @@ fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
             })
         },
     )
+}
+
+/// The table that fills; None where a new job is to be put into `ir_async` itself, since somebody's trigger fires there.
+pub(super) fn filling(table: &Table) -> Option<pg_sys::Oid> {
+    rotation::filling(table).filter(|_| !direct::fires(table.relid, is_not_own))
 }
 
 /// Whether a trigger of this name is another than the table's own.
@@ -276,15 +276,15 @@ fn columns(table: &direct::Table) -> Option<Vec<Option<Make>>> {
     expected.next().is_none().then_some(columns)
 }
 
-/// Inserts a job: its id, none where a conflict was to be passed over.
-fn insert(table: &Table, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
+/// Inserts a job into the table of this name: its id, none where a conflict was to be passed over.
+fn insert(table: &Table, place: &str, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
     let names = COLUMNS.map(|(name, ..)| name).join(", ");
     let places: Vec<String> = (1..=COLUMNS.len()).map(|place| format!("${place}")).collect();
-    let text = format!("INSERT INTO TABLE ({names}) VALUES ({}) {on_conflict} RETURNING id", places.join(", "));
+    let text = format!("INSERT INTO PLACE ({names}) VALUES ({}) {on_conflict} RETURNING id", places.join(", "));
     let inserted = with_rows(table, std::slice::from_ref(new), |row| {
         // SAFETY: of the type that stands beside it.
         let args = COLUMNS.map(|(_, of, make)| unsafe { DatumWithOid::new(make(row), of) });
-        as_own(|| on_table(&text, &args, |row| row.need::<i64>(1)))
+        as_own(|| on_named(&text, &[("PLACE", place)], &args, |row| row.need::<i64>(1)))
     });
     Ok(inserted?.concat())
 }
@@ -299,17 +299,22 @@ fn suppressed() -> pgrx::pg_sys::panic::ErrorReport {
 }
 
 /// Inserts a job with an identity_key; the id of an unfinished one with the same key as the error.
-fn insert_once(table: &Table, new: &New) -> Outcome<Result<i64, i64>> {
+fn insert_once(table: &Table, new: &New, key: &str) -> Outcome<Result<i64, i64>> {
     const ONCE: &str =
         "ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING";
     for _ in 0..10 {
-        if let Some(id) = insert(table, new, ONCE)?.first() {
-            return Ok(Ok(*id));
+        let relid = filling(table).unwrap_or(table.relid);
+        let insert = || Ok(insert(table, &bus::name(relid).unwrap_or_default(), new, ONCE)?.first().copied());
+        match identity::put(table, Some(key), relid, insert)? {
+            Put::Alone(Some(id)) => return Ok(Ok(id)),
+            Put::Beside(Some(id)) => {
+                let place = Place::of(relid)?;
+                on_named("DELETE FROM PLACE WHERE id = $1 RETURNING id", &[place.name()], &[id.into()], |_| Ok(()))?;
+            }
+            Put::Alone(None) | Put::Beside(None) | Put::Before => {}
         }
-        let key = new.identity_key.clone().map(Text);
-        let twin = "SELECT id FROM ONLY TABLE WHERE identity_key = $1 AND state IN ('created', 'processing')";
-        if let Some(id) = on_table(twin, &[key.into()], |row| row.need::<i64>(1))?.into_iter().next() {
-            return Ok(Err(id));
+        if let Some(twin) = identity::twin(key)? {
+            return Ok(Err(twin));
         }
         // The twin has just ended: try again.
     }
@@ -352,7 +357,7 @@ fn ir_async_inserted<'a>(trigger: &'a pgrx::PgTrigger<'a>) -> Outcome<Option<PgH
         // Raised here: pgrx turns an Err of a trigger function into a panic's text.
         disown(&mut tuple).unwrap_or_report();
         check(&tuple).unwrap_or_report();
-        check_place(trigger, &tuple).unwrap_or_report();
+        check_twins(&tuple).unwrap_or_report();
     }
     Ok(Some(tuple))
 }
@@ -375,22 +380,24 @@ fn check(tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
     Err(report(PgSqlErrorCode::ERRCODE_CHECK_VIOLATION, &message, &detail, "Enqueue jobs by ir_async_call."))
 }
 
-/// No other job has its id, and what only one table knows to be unique is there. Errors: 23505, 23514.
-fn check_place(trigger: &pgrx::PgTrigger<'_>, tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
+/// No other job has its id, nor its identity_key while both are unfinished. Errors: 23505.
+fn check_twins(tuple: &PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {
+    let exists = |what: &str| {
+        let message = format!("a job with {what} exists already");
+        Err(report(PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION, &message, "", "Enqueue jobs by ir_async_call."))
+    };
     let id: Option<i64> = tuple.get_by_name("id").map_err(internal)?;
     if !on_table("SELECT FROM TABLE WHERE id = $1", &[id.into()], |_| Ok(()))?.is_empty() {
-        let message = format!("a job with id {} exists already", id.unwrap_or(0));
-        return Err(report(PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION, &message, "", "Enqueue jobs by ir_async_call."));
+        return exists(&format!("id {}", id.unwrap_or(0)));
     }
     let key: Option<String> = tuple.get_by_name("identity_key").map_err(internal)?;
-    let depends_on: Option<pgrx::Array<'_, i64>> = tuple.get_by_name("depends_on").map_err(internal)?;
-    // SAFETY: the relation that the trigger fires for, open as long as it runs.
-    let relid = unsafe { (*trigger.relation().map_err(internal)?.as_ptr()).rd_id };
-    if relid != table()?.relid && (key.is_some() || depends_on.is_some_and(|ids| !ids.is_empty())) {
-        let message = "a job with an identity_key or dependencies belongs to ir_async itself";
-        return Err(report(PgSqlErrorCode::ERRCODE_CHECK_VIOLATION, message, "", "Enqueue jobs by ir_async_call."));
+    let finished_at: Option<TimestampWithTimeZone> = tuple.get_by_name("finished_at").map_err(internal)?;
+    match key {
+        Some(key) if finished_at.is_none() && identity::is_taken_by_hand(&*table()?, &key)? => {
+            exists("this identity_key that has not ended")
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn disown(tuple: &mut PgHeapTuple<'_, AllocatedByRust>) -> Outcome<()> {

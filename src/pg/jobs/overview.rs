@@ -67,7 +67,7 @@ pub fn prune(seconds: i64) -> Outcome<i64> {
     let old = "j.state IN ('succeeded', 'done', 'cancelled')
                AND j.finished_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => $1)
                AND (j.state <> 'cancelled'
-                    OR NOT EXISTS (SELECT FROM ONLY TABLE b WHERE NOT b.ready AND b.depends_on && ARRAY[j.id]))";
+                    OR NOT EXISTS (SELECT FROM TABLE b WHERE NOT b.ready AND b.depends_on && ARRAY[j.id]))";
     let text = format!(
         "DELETE FROM TABLE j WHERE {old} AND j.id IN (SELECT j.id FROM TABLE j WHERE {old} LIMIT $2) RETURNING j.id"
     );
