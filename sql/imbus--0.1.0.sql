@@ -74,7 +74,7 @@ CREATE TABLE @extschema@.ir_async (
 );
 
 -- Where jobs wait and run, by turns: what updates leave behind goes when one of them is truncated, however old the oldest
--- transaction is (src/pg/rotation.rs). Those that have ended are in ir_async itself.
+-- transaction is (src/pg/rotation.rs). Those that have ended come into ir_async itself.
 CREATE TABLE @extschema@.ir_async_1 (CONSTRAINT ir_async_1_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
 CREATE TABLE @extschema@.ir_async_2 (CONSTRAINT ir_async_2_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);
 CREATE TABLE @extschema@.ir_async_3 (CONSTRAINT ir_async_3_pkey PRIMARY KEY (id)) INHERITS (@extschema@.ir_async);

@@ -775,6 +775,47 @@ fn operators_of_the_owners_are_not_used_when_the_extension_is_created() {
 }
 
 #[test]
+fn nor_is_one_that_takes_it_just_then_and_that_its_owner_has_added_to_the_extension() {
+    let cluster = shared();
+    let mut sql = cluster.connect("postgres");
+    sql.batch_execute("CREATE ROLE a_member LOGIN").unwrap();
+    sql.batch_execute("CREATE DATABASE a_member OWNER a_member").unwrap();
+    let mut owner = cluster.connect_as("a_member", "a_member");
+    owner.batch_execute("CREATE SCHEMA s; CREATE EXTENSION imbus SCHEMA s").unwrap();
+    owner.batch_execute(&trap("a_member")).unwrap();
+    let columns = "SELECT string_agg(format('NULL::%s AS %I', format_type(atttypid, atttypmod), attname), ', ')
+                     FROM pg_attribute WHERE attrelid = 's.ir_async'::regclass AND attnum > 0";
+    let columns = owner.query_one(columns, &[]).unwrap().get::<_, String>(0).replace("NULL::bigint AS id,", "n AS id,");
+    // The name is looked up, then its table is waited for; when that comes, the name is looked up once more (RangeVarGetRelid).
+    let mut holder = cluster.connect("a_member");
+    let mut held = holder.transaction().unwrap();
+    held.batch_execute("LOCK TABLE s.ir_async").unwrap();
+    let mut session = cluster.connect_as("a_member", "a_member");
+    let status = std::thread::spawn(move || session.query("SELECT s.ir_async_status(1)", &[]));
+    eventually("it waits", || {
+        yes(
+            &mut sql,
+            "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%status(1)%'",
+        )
+    });
+    owner
+        .batch_execute(&format!(
+            "SET lock_timeout = '20s';
+             BEGIN; ALTER SCHEMA s RENAME TO s2; CREATE SCHEMA s;
+             CREATE FUNCTION public.seize_id() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN
+                 PERFORM public.seize(); RETURN 1; END $$;
+             CREATE VIEW s.ir_async AS SELECT {columns} FROM generate_series(1, public.seize_id()) n;
+             CREATE VIEW s.imbus_progress AS SELECT job_id, percent, message, at FROM s2.imbus_progress;
+             ALTER EXTENSION imbus ADD VIEW s.ir_async; ALTER EXTENSION imbus ADD VIEW s.imbus_progress; COMMIT",
+        ))
+        .unwrap();
+    held.rollback().unwrap();
+    let result = status.join().unwrap();
+    assert!(!is_superuser(&mut sql, "a_member"));
+    assert_eq!(common::refusal(result), "42501", "by its analysis");
+}
+
+#[test]
 fn a_relation_that_takes_the_bus_tables_name_is_not_read_as_superuser() {
     let cluster = shared();
     let mut sql = cluster.connect("postgres");

@@ -272,7 +272,23 @@ fn a_row_put_in_by_hand_takes_nobodys_place() {
     // What waits for others does wherever it is.
     let blocked = format!(", '{{{claimed}}}'");
     insert(&mut hand, "ir_async_2", 1002, (", depends_on", &blocked)).unwrap();
-    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE id = 1002 AND NOT ready)"), 1);
+    // On one that is restored yet: before it was not known of any that was deleted.
+    insert(&mut hand, "ir_async_3", 1004, (", depends_on", ", '{1005}'")).unwrap();
+    let free = call(&mut sql, &format!("'nothing', depends_on => ARRAY[{keyed}]"));
+    assert!(sql.query_one("SELECT ir_async_retry($1)", &[&keyed]).is_err(), "its key has another job");
+    sql.query_one("SELECT ir_async_cancel($1)", &[&1001_i64]).unwrap();
+    assert!(sql.query_one("SELECT ir_async_retry($1)", &[&keyed]).unwrap().get::<_, bool>(0));
+    let again: (i64, String) = loop {
+        let row = sql.query_one("SELECT id, token FROM ir_async_claim('out')", &[]).unwrap();
+        if row.get::<_, i64>(0) == keyed {
+            break (keyed, row.get(1));
+        }
+    };
+    sql.execute("SELECT ir_async_finish($1, $2)", &[&again.0, &again.1]).unwrap();
+    eventually("what waits for it is free", || {
+        number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {free} AND state = 'done')")) == 1
+    });
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE id IN (1002, 1004) AND NOT ready)"), 2);
     // A token that was seen in the table is nobody else's.
     insert(&mut hand, "ir_async_3", 1003, (", state, token", &format!(", 'processing', '{token}'"))).unwrap();
     let row = sql.query_one("SELECT state::text, token::text, role::regrole::text FROM ir_async WHERE id = 1003", &[]);
@@ -382,10 +398,24 @@ fn change_table(sql: &mut Client) {
     });
 }
 
-/// Has a session enqueue a job with key 'k' that stays; its id.
-fn enqueue_beside(cluster: &Cluster, database: &'static str) -> std::thread::JoinHandle<i64> {
+/// Has a session of its own enqueue a job with a key that stays; its id.
+fn enqueue_beside(cluster: &Cluster, database: &str, key: &'static str) -> std::thread::JoinHandle<i64> {
     let mut session = cluster.connect(database);
-    std::thread::spawn(move || call(&mut session, "'nothing', queue => 'out', identity_key => 'k'"))
+    std::thread::spawn(move || {
+        let text = "SELECT ir_async_call('nothing', queue => 'out', identity_key => $1)";
+        session.query_one(text, &[&key]).unwrap().get(0)
+    })
+}
+
+/// One session waits for another's transaction, and keeps nobody from moving jobs, nor from putting in other keys by hand.
+fn waits(sql: &mut Client) {
+    const WAITS: &str = "FROM pg_stat_activity WHERE wait_event = 'transactionid'";
+    eventually("somebody waits", || number(sql, &format!("(SELECT count(*) {WAITS})")) == 1);
+    let locks = format!(
+        "(SELECT count(*) FROM pg_locks WHERE pid = (SELECT pid {WAITS})
+             AND (locktype = 'object' OR mode = 'RowExclusiveLock' AND relation IN (SELECT inhrelid FROM pg_inherits)))"
+    );
+    assert_eq!(number(sql, &locks), 0);
 }
 
 #[test]
@@ -397,12 +427,6 @@ fn a_key_is_one_jobs_in_whatever_tables_it_is_asked_for() {
     let enqueue = |transaction: &mut Transaction<'_>, key: &str| {
         transaction.query_one(CALL, &[&key]).map(|row| row.get::<_, i64>(0))
     };
-    let waits = |sql: &mut Client| {
-        eventually("somebody waits", || {
-            number(sql, "(SELECT count(*) FROM pg_stat_activity WHERE wait_event IN ('transactionid', 'virtualxid'))")
-                == 1
-        });
-    };
     // While it is not committed, in a table that does not take the jobs any more.
     let mut open = first.transaction().unwrap();
     let id = enqueue(&mut open, "k").unwrap();
@@ -411,18 +435,27 @@ fn a_key_is_one_jobs_in_whatever_tables_it_is_asked_for() {
     // Of the time before it.
     let mut old = stay_open(&mut third);
     change_table(&mut sql);
-    let beside = enqueue_beside(&cluster, "rotation_twins");
+    let beside = enqueue_beside(&cluster, "rotation_twins", "k");
     waits(&mut sql);
     open.commit().unwrap();
     assert_eq!(beside.join().unwrap(), id, "the other's");
+    let mut read_only = first.build_transaction().read_only(true).start().unwrap();
+    assert_eq!(common::refusal(read_only.query(CALL, &[&"k"])), "25006");
+    drop(read_only);
     assert_eq!(common::refusal(old.query(CALL, &[&"k"])), "40001");
     drop(old);
-    let mut session = cluster.connect("rotation_twins");
-    let beside = std::thread::spawn(move || call(&mut session, "'nothing', queue => 'out', identity_key => 'undone'"));
+    let beside = enqueue_beside(&cluster, "rotation_twins", "undone");
     waits(&mut sql);
     undone.rollback().unwrap();
     let own = beside.join().unwrap();
     assert_eq!(call(&mut sql, "'nothing', queue => 'out', identity_key => 'undone'"), own);
+    // In one table it is no other matter.
+    let mut open = first.transaction().unwrap();
+    let same = enqueue(&mut open, "same").unwrap();
+    let beside = enqueue_beside(&cluster, "rotation_twins", "same");
+    waits(&mut sql);
+    open.commit().unwrap();
+    assert_eq!(beside.join().unwrap(), same);
     // One that is brought back: it comes to where the others are, beside none with its key.
     assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&id]).unwrap().get::<_, bool>(0));
     let mut open = first.transaction().unwrap();
@@ -443,10 +476,13 @@ fn a_key_is_one_jobs_in_whatever_tables_it_is_asked_for() {
 #[test]
 fn no_key_has_two_jobs_while_many_ask_for_it_and_the_tables_change() {
     let (cluster, mut sql) = cluster("rotation_storm");
-    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    let goes_on = move || std::time::Instant::now() < until;
+    let is_over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let goes_on = {
+        let is_over = std::sync::Arc::clone(&is_over);
+        move || !is_over.load(std::sync::atomic::Ordering::Relaxed)
+    };
     let asker = |seed: i32| {
-        let mut session = cluster.connect("rotation_storm");
+        let (mut session, goes_on) = (cluster.connect("rotation_storm"), goes_on.clone());
         std::thread::spawn(move || {
             let (mut ids, mut deadlocks) = (std::collections::BTreeSet::new(), 0);
             let text = "SELECT ir_async_call('note', jsonb_build_array($1::int), identity_key => ($1::int % 3)::text,
@@ -471,17 +507,14 @@ fn no_key_has_two_jobs_while_many_ask_for_it_and_the_tables_change() {
             assert_eq!(number(&mut watcher, twins), 0);
         }
     });
-    let (mut turns, mut last) = (0, String::new());
-    while goes_on() {
-        burst(&mut sql, 40_000);
-        let id = call(&mut sql, "'nothing'");
-        let now = place(&mut sql, id);
-        turns += i32::from(now != std::mem::replace(&mut last, now.clone()));
+    for _ in 0..2 {
+        change_table(&mut sql);
     }
+    is_over.store(true, std::sync::atomic::Ordering::Relaxed);
     watch.join().unwrap();
     let asked: Vec<_> = askers.into_iter().map(|asker| asker.join().unwrap()).collect();
     let ids: std::collections::BTreeSet<i64> = asked.iter().flat_map(|(ids, _)| ids).copied().collect();
-    println!("{turns} tables, {} jobs, {} deadlocks", ids.len(), asked.iter().map(|(_, count)| count).sum::<i32>());
+    println!("{} jobs, {} deadlocks", ids.len(), asked.iter().map(|(_, count)| count).sum::<i32>());
     eventually("all is done", || {
         number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
     });
@@ -524,16 +557,52 @@ fn who_asks_for_a_key_in_two_tables_at_once_gets_one_job() {
     all.extend(askers());
     waiting(&mut sql, 2 * KEYS);
     open.commit().unwrap();
-    let mut met = 0;
-    for asker in all {
+    let (mut deadlocks, mut told) = (0, std::collections::BTreeMap::new());
+    for (number, asker) in all.into_iter().enumerate() {
+        let key = format!("key {}", i64::try_from(number).unwrap() % KEYS);
         match asker.join().unwrap() {
-            Ok(_) => {}
-            Err(error) if error.code().is_some_and(|code| code.code() == "40P01") => met += 1,
+            Ok(id) => assert_eq!(*told.entry(key).or_insert(id), id),
+            Err(error) if error.code().is_some_and(|code| code.code() == "40P01") => deadlocks += 1,
             Err(error) => panic!("{error}"),
         }
     }
-    println!("{met} of {KEYS} pairs were in both tables");
+    println!("{deadlocks} deadlocks");
+    for (key, id) in told {
+        let is_there = format!("(SELECT count(*) FROM ir_async WHERE id = {id} AND identity_key = '{key}')");
+        assert_eq!(number(&mut sql, &is_there), 1);
+    }
     let jobs = "(SELECT count(*) FROM ir_async WHERE state = 'created' AND identity_key LIKE 'key %')";
     assert_eq!(number(&mut sql, jobs), KEYS);
     assert_eq!(number(&mut sql, &jobs.replace("count(*)", "count(DISTINCT identity_key)")), KEYS);
+}
+
+#[test]
+fn what_waits_in_any_way_is_kept_by_a_dump() {
+    let (cluster, mut sql) = cluster("rotation_dump");
+    sql.batch_execute("CREATE ROLE r_dump LOGIN; ALTER DATABASE rotation_dump OWNER TO r_dump").unwrap();
+    sql.batch_execute("CREATE DATABASE rotation_copy OWNER r_dump").unwrap();
+    let mut owner = cluster.connect_as("rotation_dump", "r_dump");
+    let keyed = call(&mut owner, "'nothing', queue => 'out', identity_key => 'k'");
+    let blocked = call(&mut owner, &format!("'nothing', queue => 'out', depends_on => ARRAY[{keyed}]"));
+    let failed = call(&mut owner, "'nothing', queue => 'out', identity_key => 'ended'");
+    owner.query_one("SELECT ir_async_cancel($1)", &[&failed]).unwrap();
+    let file = cluster.dir.join("jobs.dump").display().to_string();
+    let port = cluster.port.to_string();
+    let run = |program: &str, role: &str, arguments: &[&str]| {
+        cluster.run(program, &[&["-h", "127.0.0.1", "-p", &port, "-U", role][..], arguments].concat());
+    };
+    run("pg_dump", "postgres", &["-F", "c", "-f", &file, "rotation_dump"]);
+    run("pg_restore", "r_dump", &["--no-owner", "-e", "-d", "rotation_copy", &file]);
+    let mut copy = cluster.connect_as("rotation_copy", "r_dump");
+    let states = "SELECT string_agg(id || ' ' || state || ' ' || ready, ', ' ORDER BY id) FROM ir_async";
+    let states: String = copy.query_one(states, &[]).unwrap().get(0);
+    assert_eq!(states, format!("{keyed} created true, {blocked} created false, {failed} cancelled true"));
+    assert_eq!(call(&mut copy, "'nothing', queue => 'out', identity_key => 'k'"), keyed);
+    let row = copy.query_one("SELECT id, token FROM ir_async_claim('out')", &[]).unwrap();
+    assert_eq!(row.get::<_, i64>(0), keyed);
+    copy.execute("SELECT ir_async_finish($1, $2)", &[&keyed, &row.get::<_, String>(1)]).unwrap();
+    eventually("the other is free", || {
+        number(&mut copy, &format!("(SELECT count(*) FROM ir_async WHERE id = {blocked} AND ready)")) == 1
+    });
+    assert!(call(&mut copy, "'nothing', queue => 'out', identity_key => 'k'") > failed);
 }

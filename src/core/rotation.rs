@@ -70,8 +70,8 @@ impl Rotation {
         Rotation { tables, filling, failures: vec![0; count], threshold: SIZE_MIN, looked_at: 0 }
     }
 
-    /// Whether it is to be seen how much lives in the table that fills, which is of this size in bytes.
-    pub fn is_worth_a_look(&mut self, size: u64) -> bool {
+    /// The table that fills is of this size in bytes: whether it is to be seen how much of it lives.
+    pub fn notice(&mut self, size: u64) -> bool {
         if size < self.looked_at / 2 {
             // Somebody has truncated it: what lived in it then is no measure any more.
             (self.threshold, self.looked_at) = (SIZE_MIN, 0);
@@ -167,8 +167,8 @@ mod tests {
     fn a_table_of_which_most_is_dead_is_left_emptied_and_truncated() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        assert!(!rotation.is_worth_a_look(SIZE_MIN - 1));
-        assert!(rotation.is_worth_a_look(FULL));
+        assert!(!rotation.notice(SIZE_MIN - 1));
+        assert!(rotation.notice(FULL));
         assert_eq!(rotation.look(FULL, 0, now), Some(1));
         assert_eq!(rotation.steps(now), []);
         let soon = now + SOON;
@@ -190,10 +190,10 @@ mod tests {
         let now = Instant::now();
         let mut rotation = ready(now);
         assert_eq!(rotation.look(FULL, FULL - 1000, now), None);
-        assert!(!rotation.is_worth_a_look(FULL));
-        assert!(rotation.is_worth_a_look(2 * FULL));
+        assert!(!rotation.notice(FULL));
+        assert!(rotation.notice(2 * FULL));
         assert_eq!(rotation.look(2 * FULL, FULL, now), Some(1));
-        assert!(rotation.is_worth_a_look(FULL));
+        assert!(rotation.notice(FULL));
     }
 
     #[test]
@@ -201,9 +201,9 @@ mod tests {
         let now = Instant::now();
         let mut rotation = ready(now);
         assert_eq!(rotation.look(10 * FULL, 9 * FULL, now), None);
-        assert!(!rotation.is_worth_a_look(17 * FULL));
-        assert!(!rotation.is_worth_a_look(0));
-        assert!(rotation.is_worth_a_look(FULL));
+        assert!(!rotation.notice(17 * FULL));
+        assert!(!rotation.notice(0));
+        assert!(rotation.notice(FULL));
         assert_eq!(rotation.look(FULL, 0, now), Some(1));
     }
 
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(rotation.look(FULL, 0, late), Some(1));
         rotation.record(moving(2, false), Done::Nothing, late);
         // None is left to change to.
-        assert!(!rotation.is_worth_a_look(FULL));
+        assert!(!rotation.notice(FULL));
         assert_eq!(rotation.look(FULL, 0, late), None);
         assert_eq!(rotation.steps(late + AGAIN.0), [moving(0, true), moving(2, false)]);
         // Ever later: each try holds others up.

@@ -134,7 +134,7 @@ fn odoo_now() -> (pg_sys::Oid, pg_sys::Oid) {
 }
 
 /// The owner of a table, if it exists.
-fn owner(relid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+pub fn owner(relid: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a cache look-up inside a transaction; the tuple is released before it is left.
     unsafe {
         let tuple = pg_sys::SearchSysCache1(pg_sys::SysCacheIdentifier::RELOID as i32, relid.into());

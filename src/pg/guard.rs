@@ -3,7 +3,7 @@
 //! a name between two looks; so while such a statement is analysed, every relation it has come to mean is checked by OID
 //! (before views are expanded and functions folded, and again when a kept plan is made anew).
 
-use super::ffi;
+use super::{bus, ffi};
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_void};
@@ -106,8 +106,11 @@ fn is_allowed(relation: pg_sys::Oid) -> bool {
         return true;
     }
     // SAFETY: catalog look-ups inside a transaction.
-    unsafe {
+    let is_imbus = unsafe {
         let imbus = pg_sys::get_extension_oid(c"imbus".as_ptr(), true);
         imbus != pg_sys::InvalidOid && pg_sys::getExtensionOfObject(pg_sys::RelationRelationId, relation) == imbus
-    }
+    };
+    // Whoever owns the extension can add relations of his own to it.
+    // SAFETY: as above.
+    is_imbus && bus::owner(relation).is_some_and(|owner| unsafe { pg_sys::superuser_arg(owner) })
 }

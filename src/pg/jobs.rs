@@ -41,6 +41,13 @@ use std::rc::Rc;
 /// Type of the notifications about jobs (SPEC section 8).
 const NOTIFICATION: &str = "ir.async";
 
+/// Of the table, what is locked besides its rows, by numbers. No statement locks that: whoever could, could keep everybody from
+/// claiming.
+/// By who counts jobs and claims.
+const COUNTING: u16 = 1;
+/// By who puts in a job with an identity_key: shared by imbus, exclusively by who does it by hand, whose row nobody looks back from.
+const KEYS: u16 = 2;
+
 /// A fencing token: 128 random bits in hexadecimal.
 pub type Token = String;
 
@@ -182,6 +189,11 @@ fn through_table<T>(
     as_owner(table.owner, [table.relid; 2], || sql::rows(&text, args, map))
 }
 
+/// The name of a table of jobs, qualified and quoted, as it is now.
+fn name_of(relid: pg_sys::Oid) -> Outcome<String> {
+    bus::name(relid).ok_or_else(|| internal("a table of jobs is gone"))
+}
+
 impl Place {
     /// Wherever the row is.
     fn anywhere() -> Outcome<Place> {
@@ -190,8 +202,7 @@ impl Place {
 
     /// This table alone, without any that inherits it.
     fn of(relid: pg_sys::Oid) -> Outcome<Place> {
-        let name = bus::name(relid).ok_or_else(|| internal("a job's table is gone"))?;
-        Ok(Place(format!("ONLY {name}")))
+        Ok(Place(format!("ONLY {}", name_of(relid)?)))
     }
 
     /// Does something where a claimed job was last seen, and if it is not there, wherever it is.

@@ -48,7 +48,7 @@ impl Turns {
         let new = || Rotation::new(count, filling, Instant::now());
         let rotation = self.rotation.get_or_insert_with(new);
         self.after.resize(count, None);
-        if rotation.is_worth_a_look(size) {
+        if rotation.notice(size) {
             let live = transaction::run(|| jobs::live(filling))?;
             let next = rotation.look(size, live, Instant::now());
             next.into_iter().for_each(|table| slot.set_filling(table));

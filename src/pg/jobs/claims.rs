@@ -2,7 +2,7 @@
 //! and priority, in the order of their times; the index of waiting jobs begins with these, so that a look at the heads of
 //! all lanes, and a claim from one of them, cost the same however many jobs wait in them or beside them.
 
-use super::{Claimed, Place, Token, on_named, on_table, rows_changed, table, through_table};
+use super::{COUNTING, Claimed, Place, Token, on_named, on_table, rows_changed, table, through_table};
 use crate::core::job::{self, Lane};
 use crate::core::queues::Limits;
 use crate::pg::datum::{JsonbText, Text};
@@ -16,9 +16,6 @@ use std::collections::HashMap;
 
 /// Blocked jobs looked at in one go, for those whose dependencies have ended.
 const BLOCKED: i64 = 1_000;
-
-/// Of the table, what is locked by who counts. No statement locks that: whoever could, could keep everybody from claiming.
-const COUNTING: u16 = 1;
 
 /// For functions and runners outside, or for Odoo: as the index has it. A number, since of a condition that is false the planner
 /// makes another that no index knows.
@@ -318,7 +315,7 @@ fn is_gone(id: i64, oldest: u64) -> bool {
 /// `after`.
 pub fn release(after: i64) -> Outcome<Blocked> {
     let text = blocked("c.state = 'created' AND c.id > $1 ORDER BY c.id");
-    let seen = on_table(&text, &[after.into(), BLOCKED.into()], judged)?;
+    let seen = on_table(&text, &[after.into(), BLOCKED.into(), table()?.sequence.into()], judged)?;
     let are_there = free(&seen)?;
     let is_last = is_all(&seen);
     let next = seen.iter().map(|(id, _)| *id).max().filter(|_| !is_last);
@@ -333,21 +330,25 @@ pub fn release(after: i64) -> Outcome<Blocked> {
 /// The same of those that wait for one of these jobs. False when there were more of them than were looked at.
 pub fn release_after(ended: Vec<i64>) -> Outcome<bool> {
     let text = blocked("c.depends_on && $1");
-    let seen = along_bitmaps(|| through_table(&text, &[], &[ended.into(), BLOCKED.into()], judged))?;
+    let args = [ended.into(), BLOCKED.into(), table()?.sequence.into()];
+    let seen = along_bitmaps(|| through_table(&text, &[], &args, judged))?;
     free(&seen)?;
     Ok(is_all(&seen))
 }
 
 /// Reads blocked jobs: their ids, whether all that they depend on has ended well, whether all of it is there. One that is not there
-/// has ended well and was deleted, or its transaction goes on still. `which` is found along one index, and so says nothing of the
+/// has ended well and was deleted, or its transaction goes on still, or, where its id has not been given out, is to be restored
+/// yet: sequences come after the rows. `which` is found along one index, and so says nothing of the
 /// state where that is not the index of this state.
 fn blocked(which: &str) -> String {
     format!(
         "SELECT b.id, d.are_well, d.are_there, pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint,
                 b.state = 'created'
            FROM (SELECT c.id, c.depends_on, c.state FROM TABLE c WHERE NOT c.ready AND {which} LIMIT $2) b
+          CROSS JOIN (SELECT COALESCE(pg_catalog.pg_sequence_last_value($3), 0) AS last_id) l
           CROSS JOIN LATERAL (
-                SELECT COALESCE(pg_catalog.bool_and(p.state IN ('succeeded', 'done')), true) AS are_well,
+                SELECT COALESCE(pg_catalog.bool_and(CASE WHEN p.id IS NULL THEN d.id <= l.last_id
+                                                         ELSE p.state IN ('succeeded', 'done') END), true) AS are_well,
                        COALESCE(pg_catalog.bool_and(p.id IS NOT NULL), true) AS are_there
                   FROM pg_catalog.unnest(b.depends_on) d (id) LEFT JOIN TABLE p ON p.id = d.id) d"
     )

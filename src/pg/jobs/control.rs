@@ -2,10 +2,10 @@
 
 use super::endings::relocate;
 use super::identity::{self, Put};
-use super::{Place, Token, change_and_tell, enqueue, on_table, table};
+use super::{Place, Token, change_and_tell, enqueue, name_of, on_table, table};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::{bus, shared, sql, wake, worker};
+use crate::pg::{shared, sql, wake, worker};
 use pgrx::prelude::*;
 
 /// A job's state as JSON for its own role, a member of it, or whoever may read the table; None for others.
@@ -167,9 +167,8 @@ pub fn retry(id: i64) -> Outcome<bool> {
         let table = table()?;
         let relid = enqueue::filling(&table).unwrap_or(table.relid);
         let bring = || {
-            let to = bus::name(relid).unwrap_or_default();
             let condition = "j.id = $1 AND j.state IN ('failed', 'cancelled')";
-            relocate(&known.place, &to, condition, "", &BROUGHT_BACK, &[id.into()])
+            relocate(&known.place, &name_of(relid)?, condition, "", &BROUGHT_BACK, &[id.into()])
         };
         match identity::put(&table, known.key.as_deref(), relid, bring)? {
             // Somebody else has just brought it back, or it has another table; or its twin is to be seen now.

@@ -1,7 +1,7 @@
 //! Enqueueing a job, and what becomes of one that is inserted by hand.
 
 use super::identity::{self, Put};
-use super::{NOTIFICATION, Place, Table, change, on_named, on_table, rotation, table};
+use super::{NOTIFICATION, Place, Table, change, name_of, on_named, on_table, rotation, table};
 use crate::core::channel::Channel;
 use crate::core::job::{self, State};
 use crate::pg::datum::{Jsonb, JsonbText, Str};
@@ -155,8 +155,7 @@ pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
             _ => match put_in(&table, group)? {
                 Some(created) => created,
                 None => {
-                    let place = &table.name;
-                    let insert = |new| insert(&table, place, new, "")?.first().copied().ok_or_else(suppressed);
+                    let insert = |new| insert(&table, &table.name, new, "")?.first().copied().ok_or_else(suppressed);
                     group.iter().map(insert).collect::<Outcome<_>>()?
                 }
             },
@@ -277,14 +276,14 @@ fn columns(table: &direct::Table) -> Option<Vec<Option<Make>>> {
 }
 
 /// Inserts a job into the table of this name: its id, none where a conflict was to be passed over.
-fn insert(table: &Table, place: &str, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
+fn insert(table: &Table, to: &str, new: &New, on_conflict: &str) -> Outcome<Vec<i64>> {
     let names = COLUMNS.map(|(name, ..)| name).join(", ");
-    let places: Vec<String> = (1..=COLUMNS.len()).map(|place| format!("${place}")).collect();
-    let text = format!("INSERT INTO PLACE ({names}) VALUES ({}) {on_conflict} RETURNING id", places.join(", "));
+    let values: Vec<String> = (1..=COLUMNS.len()).map(|number| format!("${number}")).collect();
+    let text = format!("INSERT INTO NEXT ({names}) VALUES ({}) {on_conflict} RETURNING id", values.join(", "));
     let inserted = with_rows(table, std::slice::from_ref(new), |row| {
         // SAFETY: of the type that stands beside it.
         let args = COLUMNS.map(|(_, of, make)| unsafe { DatumWithOid::new(make(row), of) });
-        as_own(|| on_named(&text, &[("PLACE", place)], &args, |row| row.need::<i64>(1)))
+        as_own(|| on_named(&text, &[("NEXT", to)], &args, |row| row.need::<i64>(1)))
     });
     Ok(inserted?.concat())
 }
@@ -304,7 +303,7 @@ fn insert_once(table: &Table, new: &New, key: &str) -> Outcome<Result<i64, i64>>
         "ON CONFLICT (identity_key) WHERE identity_key IS NOT NULL AND state IN ('created', 'processing') DO NOTHING";
     for _ in 0..10 {
         let relid = filling(table).unwrap_or(table.relid);
-        let insert = || Ok(insert(table, &bus::name(relid).unwrap_or_default(), new, ONCE)?.first().copied());
+        let insert = || Ok(insert(table, &name_of(relid)?, new, ONCE)?.first().copied());
         match identity::put(table, Some(key), relid, insert)? {
             Put::Alone(Some(id)) => return Ok(Ok(id)),
             Put::Beside(Some(id)) => {

@@ -1,9 +1,10 @@
-//! One unfinished job per `identity_key` over all tables of jobs. Each has a unique index of its own; whoever puts such a job in
-//! looks along those of the other tables before he does, and once more when his row is in: of two who do it at the same time, in
-//! two tables between which the jobs just change, one at least sees the other's row, and waits for what becomes of it. That
-//! both do, each for the other, is a deadlock as any, which PostgreSQL ends.
+//! One unfinished job per `identity_key` over all tables of jobs. Each has a unique index of its own. Whoever puts such a job in
+//! looks along all of them before he does, and along those of the other tables once more when his row is in: of two who do it at
+//! the same time, in two tables between which the jobs just change, one at least sees the other's row, and waits for what
+//! becomes of it. That both do, each for the other, is a deadlock as any, which PostgreSQL ends. While somebody waits he keeps
+//! nobody from anything.
 
-use super::{Table, on_table};
+use super::{KEYS, Table, on_table};
 use crate::pg::datum::Text;
 use crate::pg::dirty::{self, Found, Index};
 use crate::pg::report::{Outcome, internal, report};
@@ -12,10 +13,6 @@ use crate::pg::{catalog, ffi, sql};
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
-
-/// Of the table, what is locked by who puts in a job with a key: shared by imbus, exclusively by who does it by hand, whose row
-/// nobody can look back from.
-const KEYS: u16 = 2;
 
 /// Indexes, as they were in this state of the catalogs.
 type Known = ((u64, u64), Rc<[Index]>);
@@ -34,8 +31,8 @@ pub enum Put<T> {
     Beside(T),
 }
 
-/// Puts an unfinished job into the table `place` by `work`; one with a key only beside no other, in whatever table but this one,
-/// whose own index knows. Waits for those who are putting in or ending one with the same key. Errors: 40P01, and those of `work`.
+/// Puts an unfinished job into the table `place` by `work`; one with a key only beside no other. Waits for those who are putting in
+/// or ending one with the same key. Errors: 25006 in a read-only transaction, 40P01, 55P03, what ends a wait, and those of `work`.
 pub fn put<T>(
     table: &Table,
     key: Option<&str>,
@@ -43,26 +40,29 @@ pub fn put<T>(
     work: impl FnOnce() -> Outcome<T>,
 ) -> Outcome<Put<T>> {
     let Some(key) = key else { return Ok(Put::Alone(work()?)) };
+    // SAFETY: main thread, inside a transaction.
+    unsafe { pg_sys::PreventCommandIfReadOnly(c"INSERT".as_ptr()) };
     // On an error the locks go with the transaction, or with its savepoint.
-    ffi::lock_object(table.relid, KEYS, pg_sys::ShareLock, true);
-    lock(table);
-    let put = if is_taken(table, key, place)? {
-        Put::Before
-    } else {
-        let done = work()?;
-        if is_taken(table, key, place)? { Put::Beside(done) } else { Put::Alone(done) }
-    };
-    unlock(table);
-    ffi::unlock_object(table.relid, KEYS, pg_sys::ShareLock);
-    Ok(put)
+    let locks = Locks { table, keys: Some(pg_sys::ShareLock) };
+    locks.take();
+    if is_taken(&locks, key, pg_sys::InvalidOid)? {
+        locks.give_back();
+        return Ok(Put::Before);
+    }
+    let done = work()?;
+    // Who comes by hand from now on sees this row, and waits for it.
+    let locks = locks.without_keys();
+    let is_beside = is_taken(&locks, key, place)?;
+    locks.give_back();
+    Ok(if is_beside { Put::Beside(done) } else { Put::Alone(done) })
 }
 
-/// Whether there is an unfinished job with this key, for who is about to put one in by hand. If not, nobody else puts one in, nor is
-/// any moved, until the transaction has ended.
+/// Whether there is an unfinished job with this key, for who is about to put one in by hand. If not, nobody puts one with a key in,
+/// nor is any job moved, until the transaction has ended.
 pub fn is_taken_by_hand(table: &Table, key: &str) -> Outcome<bool> {
-    ffi::lock_object(table.relid, KEYS, pg_sys::ExclusiveLock, true);
-    lock(table);
-    is_taken(table, key, pg_sys::InvalidOid)
+    let locks = Locks { table, keys: Some(pg_sys::ExclusiveLock) };
+    locks.take();
+    is_taken(&locks, key, pg_sys::InvalidOid)
 }
 
 /// The unfinished job with this key, as things are now. Errors: 40001 for one that the transaction's snapshot does not have.
@@ -84,11 +84,11 @@ pub fn twin(key: &str) -> Outcome<Option<i64>> {
     Ok(Some(id))
 }
 
-/// Whether an unfinished job with this key is in any table but one. The tables are locked, also when it has waited.
-fn is_taken(table: &Table, key: &str, but: pg_sys::Oid) -> Outcome<bool> {
+/// Whether an unfinished job with this key is in any table but one. The locks are there, also when it has waited.
+fn is_taken(locks: &Locks<'_>, key: &str, but: pg_sys::Oid) -> Outcome<bool> {
     loop {
         let mut in_doubt = None;
-        for index in indexes(table)?.iter().filter(|index| index.table != but) {
+        for index in indexes(locks.table)?.iter().filter(|index| index.table != but) {
             match dirty::look(index, key) {
                 Found::Row => return Ok(true),
                 Found::InDoubt(other) => in_doubt = Some(other),
@@ -96,27 +96,51 @@ fn is_taken(table: &Table, key: &str, but: pg_sys::Oid) -> Outcome<bool> {
             }
         }
         let Some(other) = in_doubt else { return Ok(false) };
-        // Nobody else waits for that.
-        unlock(table);
+        locks.give_back();
         dirty::wait_for(other);
-        lock(table);
+        locks.take();
     }
 }
 
-/// No job is moved into another table meanwhile (`rotation`).
-fn lock(table: &Table) {
-    // SAFETY: main thread, inside a transaction.
-    tables(table).for_each(|relid| unsafe {
-        pg_sys::LockRelationOid(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-    });
+/// What is locked while somebody looks, and puts in what he has looked for. No job is moved into another table meanwhile
+/// (`rotation`).
+struct Locks<'a> {
+    table: &'a Table,
+    /// How `KEYS` is, if it is.
+    keys: Option<u32>,
 }
 
-/// What the transaction holds besides, by what it has put in, stays.
-fn unlock(table: &Table) {
-    // SAFETY: pairs with `lock`.
-    tables(table).for_each(|relid| unsafe {
-        pg_sys::UnlockRelationOid(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-    });
+impl<'a> Locks<'a> {
+    fn take(&self) {
+        if let Some(mode) = self.keys {
+            ffi::lock_object(self.table.relid, KEYS, mode, true);
+        }
+        // SAFETY: main thread, inside a transaction.
+        tables(self.table).for_each(|relid| unsafe {
+            pg_sys::LockRelationOid(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        });
+    }
+
+    /// What the transaction holds besides, by what it has put in, stays.
+    fn give_back(&self) {
+        // SAFETY: pairs with `take`.
+        tables(self.table).for_each(|relid| unsafe {
+            pg_sys::UnlockRelationOid(relid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
+        });
+        self.unlock_keys();
+    }
+
+    /// The tables' alone: the keys' is given back.
+    fn without_keys(self) -> Locks<'a> {
+        self.unlock_keys();
+        Locks { keys: None, ..self }
+    }
+
+    fn unlock_keys(&self) {
+        if let Some(mode) = self.keys {
+            ffi::unlock_object(self.table.relid, KEYS, mode);
+        }
+    }
 }
 
 fn tables(table: &Table) -> impl Iterator<Item = pg_sys::Oid> {
@@ -134,8 +158,10 @@ fn indexes(table: &Table) -> Outcome<Rc<[Index]>> {
     let text = "SELECT i.indrelid, i.indexrelid, a.attnum
                   FROM pg_catalog.pg_index i
                   JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+                  JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+                  JOIN pg_catalog.pg_am m ON m.oid = c.relam AND m.amname = 'btree'
                  WHERE i.indrelid = ANY($1) AND i.indisunique AND i.indisvalid AND i.indnkeyatts = 1
-                   AND a.attname = 'identity_key'";
+                   AND i.indpred IS NOT NULL AND a.attname = 'identity_key'";
     let read = |row: &sql::Row| Ok(Index { table: row.need(1)?, index: row.need(2)?, column: row.need(3)? });
     let relids: Vec<pg_sys::Oid> = tables(table).collect();
     let found: Rc<[Index]> = sql::as_of_now(|| safely(|| sql::rows(text, &[relids.into()], read)))?.into();
