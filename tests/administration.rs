@@ -775,7 +775,7 @@ fn operators_of_the_owners_are_not_used_when_the_extension_is_created() {
 }
 
 #[test]
-fn nor_is_one_that_takes_it_just_then_and_that_its_owner_has_added_to_the_extension() {
+fn a_relation_that_its_owner_has_added_to_the_extension_is_not_read_as_superuser() {
     let cluster = shared();
     let mut sql = cluster.connect("postgres");
     sql.batch_execute("CREATE ROLE a_member LOGIN").unwrap();

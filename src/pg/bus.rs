@@ -133,7 +133,7 @@ fn odoo_now() -> (pg_sys::Oid, pg_sys::Oid) {
     (relid, owner(relid).unwrap_or(pg_sys::InvalidOid))
 }
 
-/// The owner of a table, if it exists.
+/// The owner of a relation, if it exists.
 pub fn owner(relid: pg_sys::Oid) -> Option<pg_sys::Oid> {
     // SAFETY: a cache look-up inside a transaction; the tuple is released before it is left.
     unsafe {

@@ -11,7 +11,7 @@ pub enum Found {
     Nothing,
     /// A row that is there.
     Row,
-    /// One that may be there or not, as this transaction ends.
+    /// One that is there or not, as this transaction ends.
     InDoubt(Other),
 }
 
@@ -32,7 +32,8 @@ pub struct Index {
     pub column: i16,
 }
 
-/// Looks for rows of a key. The caller has locked the table, and the index is what [`Index`] says.
+/// Looks for rows of a key, and tells of one in doubt only where none is there for sure. The caller has locked the table, and the
+/// index is what [`Index`] says.
 pub fn look(along: &Index, key: &str) -> Found {
     let mut dirty = pg_sys::SnapshotData { snapshot_type: pg_sys::SnapshotType::SNAPSHOT_DIRTY, ..Default::default() };
     // SAFETY: main thread, inside a transaction. What is opened is closed below, on ERROR by the abort; the dirty snapshot outlives

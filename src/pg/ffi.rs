@@ -136,8 +136,8 @@ fn object(relid: pg_sys::Oid, number: u16) -> pg_sys::LOCKTAG {
     }
 }
 
-/// Locks such an object until the transaction's end or `unlock_object` (LockDatabaseObject of storage/lmgr.h). False when somebody
-/// else has it and is not to be waited for.
+/// Locks such an object in one of PostgreSQL's lock modes until the transaction's end or `unlock_object` (LockDatabaseObject of
+/// storage/lmgr.h). False when somebody else has it and is not to be waited for. Errors: 40P01, 55P03 and what ends a wait.
 pub fn lock_object(relid: pg_sys::Oid, number: u16, mode: u32, waits: bool) -> bool {
     let tag = object(relid, number);
     // SAFETY: main thread, inside a transaction; a valid tag.

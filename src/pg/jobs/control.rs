@@ -140,8 +140,8 @@ pub fn cancel(id: i64) -> Outcome<bool> {
 }
 
 /// Brings a job back that has failed or was cancelled, as if it were new; its errors stay. True when it did, false when
-/// it waits or runs. Errors: 42704, 42501, 40001, 55000 for one that has succeeded, 23505 while another one with its identity_key is
-/// unfinished.
+/// it waits or runs. Errors: 42704, 42501, 40001, 40P01, 25006, 55000 for one that has succeeded, 23505 while another one with its
+/// identity_key is unfinished.
 pub fn retry(id: i64) -> Outcome<bool> {
     loop {
         let known = own(id)?;

@@ -134,7 +134,8 @@ pub fn enqueue(new: &New) -> Outcome<i64> {
     Ok(enqueue_all(std::slice::from_ref(new))?.first().copied().unwrap_or(0))
 }
 
-/// The same for several, in order. Errors: 22023 for a dependency that never was a job.
+/// The same for several, in order. Errors: 22023 for a dependency that never was a job; 25006 in a read-only transaction; 40001 for
+/// an unfinished job with the same identity_key that the transaction's snapshot does not have, or that others keep changing; 40P01.
 pub fn enqueue_all(jobs: &[New]) -> Outcome<Vec<i64>> {
     let table = table()?;
     let dependencies: Vec<i64> = jobs.iter().filter_map(|new| new.depends_on.as_ref()).flatten().copied().collect();

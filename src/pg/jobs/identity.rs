@@ -1,8 +1,8 @@
 //! One unfinished job per `identity_key` over all tables of jobs. Each has a unique index of its own. Whoever puts such a job in
 //! looks along all of them before he does, and along those of the other tables once more when his row is in: of two who do it at
 //! the same time, in two tables between which the jobs just change, one at least sees the other's row, and waits for what
-//! becomes of it. That both do, each for the other, is a deadlock as any, which PostgreSQL ends. While somebody waits he keeps
-//! nobody from anything.
+//! becomes of it. That both do, each for the other, is a deadlock as any, which PostgreSQL ends. While a look waits for somebody,
+//! nothing is locked for its sake.
 
 use super::{KEYS, Table, on_table};
 use crate::pg::datum::Text;
