@@ -332,6 +332,12 @@ fn a_job_cancelled_in_company_has_no_effect_and_the_others_have_theirs() {
                      PERFORM ir_async_cancel(claimed);
                  END LOOP;
                  COMMIT;
+                 -- Those at work are not all said to be.
+                 FOR claimed IN SELECT id FROM (SELECT id FROM ir_async WHERE state = 'created' ORDER BY id LIMIT 30) s
+                                 ORDER BY random() LIMIT 2 LOOP
+                     PERFORM ir_async_cancel(claimed);
+                 END LOOP;
+                 COMMIT;
              END LOOP;
          END $$";
     other.batch_execute(cancelling).unwrap();
@@ -343,4 +349,93 @@ fn a_job_cancelled_in_company_has_no_effect_and_the_others_have_theirs() {
     assert!(!log.contains("canceling statement due to user request"), "an interrupt came where no job was: {log}");
     assert!(count(&mut sql, "cancelled") > 10, "{}", count(&mut sql, "cancelled"));
     assert!(in_company(&mut sql) > 20, "{}", in_company(&mut sql));
+}
+
+#[test]
+fn a_job_that_cancels_others_of_its_company_or_itself_does_so_once() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut sql = cluster.database("jc_cancels");
+    sql.batch_execute(
+        "CREATE TABLE effect (n int);
+         CREATE FUNCTION id_of(n int) RETURNS bigint LANGUAGE sql AS 'SELECT id FROM ir_async WHERE args = jsonb_build_array(n)';
+         CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO effect VALUES (n);
+             IF n % 50 = 10 THEN PERFORM ir_async_cancel(id_of(n + 1)); END IF;
+             IF n % 50 = 30 THEN PERFORM ir_async_cancel(id_of(n)), pg_sleep(0); END IF;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 400) n");
+    all_end(&mut sql);
+    let cancelled = "SELECT count(*) FROM ir_async WHERE state = 'cancelled' AND (args ->> 0)::int % 50 IN (11, 30)";
+    assert_eq!((number(&mut sql, cancelled), count(&mut sql, "done")), (16, 384));
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect WHERE n % 50 NOT IN (11, 30)"), 384);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 384);
+}
+
+#[test]
+fn who_is_looked_out_for_is_processing_while_it_runs_and_others_need_not_be() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_watched");
+    sql.batch_execute(
+        "CREATE FUNCTION look(n int) RETURNS text LANGUAGE sql AS
+             'SELECT format(''%s %s'', state, attempts) FROM ir_async WHERE args = jsonb_build_array(n)';
+         CREATE INDEX ON ir_async (args); CREATE INDEX ON ir_async_1 (args);
+         CREATE FUNCTION fail() RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$",
+    )
+    .unwrap();
+    let look = |more: &str, first: i32| {
+        let last = first + 299;
+        format!("SELECT 'look' AS target, jsonb_build_array(n) AS args, {more} FROM generate_series({first}, {last}) n")
+    };
+    enqueue(&mut sql, &look("n AS identity_key", 1));
+    enqueue(&mut sql, &look("'seen' AS description", 1001));
+    enqueue(&mut sql, &look("'jobs' AS notify", 2001));
+    all_end(&mut sql);
+    let right = "SELECT count(*) FROM ir_async WHERE payload ->> 'result' = 'processing 1'";
+    assert_eq!(number(&mut sql, right), 900);
+    assert!(in_company(&mut sql) > 100);
+    enqueue(&mut sql, &look("1 AS max_attempts", 3001));
+    all_end(&mut sql);
+    // They are ended as the others are, and leave less behind.
+    let least = "SELECT count(*) FROM ir_async WHERE payload ->> 'result' = 'created 0'";
+    assert!(number(&mut sql, least) > 200, "{}", number(&mut sql, least));
+    let ended = "SELECT count(*) FROM ir_async WHERE state = 'succeeded' AND attempts = 1 AND token IS NULL
+                    AND claimed_at BETWEEN run_at AND finished_at";
+    assert_eq!(number(&mut sql, ended), 1200);
+    // After its first attempt each is looked out for.
+    enqueue(&mut sql, "SELECT 'fail' AS target, 2 AS max_attempts, '1 ms' AS retry_delay FROM generate_series(1, 300)");
+    all_end(&mut sql);
+    let failed =
+        "SELECT count(*) FROM ir_async WHERE state = 'failed' AND attempts = 2 AND jsonb_array_length(errors) = 2
+                     AND errors #> '{0,attempt}' = '1' AND errors #> '{1,attempt}' = '2'";
+    assert_eq!(number(&mut sql, failed), 300);
+}
+
+#[test]
+fn a_job_that_brings_the_server_down_is_known_by_it_and_the_others_go_on() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut sql = cluster.database("jc_crash");
+    sql.batch_execute(
+        "CREATE TABLE effect (n int);
+         CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             INSERT INTO effect VALUES (n);
+             IF n = 400 THEN COPY (SELECT) TO PROGRAM 'kill -9 $PPID'; END IF;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 600) n");
+    let again = || cluster.try_connect("jc_crash", "postgres").ok();
+    eventually("all jobs have ended", || {
+        let text = "SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing')";
+        again().is_some_and(|mut sql| sql.query_one(text, &[]).is_ok_and(|row| row.get::<_, i64>(0) == 0))
+    });
+    let mut sql = cluster.connect("jc_crash");
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (599, 1));
+    assert_eq!(number(&mut sql, "SELECT deaths FROM ir_async WHERE args -> 0 = '400'"), 5);
+    assert_eq!(number(&mut sql, "SELECT sum(deaths) FROM ir_async"), 5);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 599);
+    assert_eq!(number(&mut sql, "SELECT max(attempts) FROM ir_async"), 1);
 }

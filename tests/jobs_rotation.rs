@@ -23,7 +23,7 @@ fn cluster(database: &str) -> (Cluster, Client) {
     (cluster, sql)
 }
 
-/// So many jobs, by which a table of jobs fills: some 400 bytes each.
+/// So many jobs, by which a table of jobs fills: some 200 bytes each.
 fn burst(sql: &mut impl postgres::GenericClient, jobs: i32) {
     let text = "SELECT count(*) FROM ir_async_call_many((SELECT jsonb_agg(jsonb_build_object('target', 'nothing'))
                                                            FROM generate_series(1, $1)))";
@@ -73,7 +73,7 @@ fn dead_rows_do_not_pile_up_under_a_transaction_that_stays_open() {
         }
         done(&mut sql);
     }
-    // 300,000 jobs leave 600,000 dead rows, of 200 bytes and more each.
+    // 300,000 jobs leave as many dead rows, of 200 bytes and more each.
     eventually("they are cleared away", || size(&mut sql) < 20 * MB);
     assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('done', 'succeeded'))"), 300_600);
     assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async WHERE attempts <> 1 OR deaths <> 0)"), 0);
@@ -108,7 +108,7 @@ fn what_waits_and_what_is_worked_on_outlasts_its_table() {
     eventually("the long one runs", || {
         number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {long} AND state = 'processing')")) == 1
     });
-    burst(&mut sql, 60_000);
+    burst(&mut sql, 120_000);
     eventually("what waits has another table", || place(&mut sql, later) != first);
     eventually("so have the others", || {
         [waiting, long, failed, keyed, blocked].iter().all(|id| place(&mut sql, *id) != first)
@@ -136,13 +136,13 @@ fn what_waits_and_what_is_worked_on_outlasts_its_table() {
     assert!(sql.query_one("SELECT ir_async_cancel($1)", &[&later]).unwrap().get::<_, bool>(0));
     // Once nobody works in it any more, the table goes.
     eventually("it is truncated", || number(&mut sql, &format!("pg_relation_size('{first}')")) == 0);
-    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async)"), 60_007);
+    assert_eq!(number(&mut sql, "(SELECT count(*) FROM ir_async)"), 120_007);
 }
 
 #[test]
 fn a_snapshot_from_before_sees_the_jobs_of_its_time() {
     let (cluster, mut sql) = cluster("rotation_snapshot");
-    burst(&mut sql, 60_000);
+    burst(&mut sql, 120_000);
     eventually("all have ended", || {
         number(&mut sql, "(SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing'))") == 0
     });
@@ -150,7 +150,7 @@ fn a_snapshot_from_before_sees_the_jobs_of_its_time() {
     let id = call(&mut sql, "'note', '[1]', run_at => now() + interval '1 hour'");
     let first = place(&mut sql, id);
     let mut other = cluster.connect("rotation_snapshot");
-    burst(&mut sql, 60_000);
+    burst(&mut sql, 120_000);
     // Its table is left, and emptied soon. A snapshot is waited for only so long: it is made no sooner.
     eventually("another table takes the jobs", || {
         let next = call(&mut sql, "'nothing'");
@@ -234,7 +234,7 @@ fn a_schema_called_like_a_word_of_a_statement_and_a_publication_of_all_tables_st
             number(&mut sql, &format!("(SELECT count(*) FROM ir_async WHERE id = {id} AND state = 'succeeded')")) == 1
         });
     }
-    burst(&mut sql, 60_000);
+    burst(&mut sql, 120_000);
     eventually("a table is changed", || {
         number(&mut sql, "(SELECT count(*) FROM ir_async WHERE finished_at IS NULL)") == 0 && size(&mut sql) < 16 * MB
     });
@@ -389,7 +389,7 @@ fn nor_do_those_of_jobs_with_keys_and_of_those_that_wait_for_others() {
 fn change_table(sql: &mut Client) {
     let id = call(sql, "'nothing'");
     let first = place(sql, id);
-    burst(sql, 60_000);
+    burst(sql, 120_000);
     eventually("another table takes the jobs", || {
         let next = call(sql, "'nothing', run_at => 'infinity'");
         let is_another = place(sql, next) != first;

@@ -22,6 +22,11 @@ impl Pace {
         self.size
     }
 
+    /// Of those that were claimed no more than these could be done in one go: as many next time.
+    pub fn cut_short(&mut self, jobs: usize) {
+        self.size = self.size.min(jobs.max(1));
+    }
+
     /// So many jobs have taken so long, with all that belongs to them. At most twice as many next time.
     pub fn record(&mut self, jobs: usize, took: Duration) {
         let each = (took.as_nanos() / (jobs.max(1) as u128)).max(1);
@@ -46,6 +51,19 @@ mod tests {
         pace.record(256, Duration::from_millis(256));
         assert_eq!(pace.size(), 5);
         pace.record(1, Duration::from_secs(60));
+        assert_eq!(pace.size(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_done_in_one_go_is_not_claimed_for_it() {
+        let mut pace = Pace::new(Duration::from_millis(5), 256);
+        for _ in 0..10 {
+            pace.record(pace.size(), Duration::from_micros(10));
+        }
+        pace.record(56, Duration::from_micros(10));
+        pace.cut_short(56);
+        assert_eq!(pace.size(), 56);
+        pace.cut_short(0);
         assert_eq!(pace.size(), 1);
     }
 }

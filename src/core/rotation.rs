@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 /// A table of this size in bytes is left alone: to change tables costs more than its dead rows do.
 const SIZE_MIN: u64 = 16 << 20;
+/// Of the jobs that live in a table so many have ended when it is looked at again, at least.
+const LEAST: f64 = 0.1;
 /// How long what waits in a table that is left is given to be run there, before it is moved.
 const GRACE: Duration = Duration::from_secs(3);
 /// How soon a table is tried again that somebody has locked, or that has a job in it whose runner must find it there; twice as
@@ -56,10 +58,23 @@ pub struct Rotation {
     filling: usize,
     /// How often nothing could be done with each, since something could.
     failures: Vec<u32>,
-    /// At this size of the table that fills it is to be seen how much of it lives.
+    /// At this size of the table that fills it is to be seen how much of it lives; or when so many jobs have ended.
     threshold: u64,
+    ends: u64,
     /// Its size when that was last seen.
     looked_at: u64,
+}
+
+/// How full a table is.
+#[derive(Clone, Copy, Debug)]
+pub struct Measure {
+    /// In bytes: of the whole, and of the jobs that live in it.
+    pub size: u64,
+    pub live: u64,
+    /// How many these are.
+    pub jobs: u64,
+    /// How many jobs of the database have ended before, counted from whenever.
+    pub ended: u64,
 }
 
 impl Rotation {
@@ -67,16 +82,21 @@ impl Rotation {
     pub fn new(count: usize, filling: usize, now: Instant) -> Rotation {
         let phase = |table| if table == filling { Phase::Ready } else { Phase::Leaving(now) };
         let tables = (0..count).map(|table| (phase(table), now)).collect();
-        Rotation { tables, filling, failures: vec![0; count], threshold: SIZE_MIN, looked_at: 0 }
+        Rotation { tables, filling, failures: vec![0; count], threshold: SIZE_MIN, ends: u64::MAX, looked_at: 0 }
     }
 
-    /// The table that fills is of this size in bytes: whether it is to be seen how much of it lives.
-    pub fn notice(&mut self, size: u64) -> bool {
+    /// The table that fills is of this size in bytes, and so many jobs have ended: whether it is to be seen how much of it lives.
+    pub fn notice(&mut self, size: u64, ended: u64) -> bool {
         if size < self.looked_at / 2 {
             // Somebody has truncated it: what lived in it then is no measure any more.
-            (self.threshold, self.looked_at) = (SIZE_MIN, 0);
+            self.forget();
         }
-        size >= self.threshold && self.ready().is_some()
+        (size >= self.threshold || ended >= self.ends) && self.ready().is_some()
+    }
+
+    /// Nothing is known of the table that fills.
+    fn forget(&mut self) {
+        (self.threshold, self.ends, self.looked_at) = (SIZE_MIN, u64::MAX, 0);
     }
 
     /// A table that could fill instead.
@@ -86,20 +106,24 @@ impl Rotation {
         self.tables.iter().enumerate().position(is_ready)
     }
 
-    /// So much of the table lives that fills. Which one is to fill from now on, if another.
-    pub fn look(&mut self, size: u64, live: u64, now: Instant) -> Option<usize> {
+    /// So full is the table that fills. Which one is to fill from now on, if another.
+    pub fn look(&mut self, measure: Measure, now: Instant) -> Option<usize> {
         let next = self.ready()?;
+        let Measure { size, live, jobs, ended } = measure;
         self.looked_at = size;
         if live > size / 2 {
-            // Not before as much is dead as lives: whatever lives may have to be moved.
+            // Not before as much is dead as lives: whatever lives may have to be moved. So many must have ended by then; but each
+            // look reads them all.
             self.threshold = size.max(live.saturating_mul(2));
+            let share = (live - size / 2) as f64 / live as f64;
+            self.ends = ended.saturating_add((jobs as f64 * share.max(LEAST)).ceil() as u64);
             return None;
         }
         if let Some(table) = self.tables.get_mut(self.filling) {
             *table = (Phase::Leaving(now), now + SOON);
         }
         self.filling = next;
-        (self.threshold, self.looked_at) = (SIZE_MIN, 0);
+        self.forget();
         Some(next)
     }
 
@@ -147,6 +171,11 @@ mod tests {
 
     const FULL: u64 = 2 * SIZE_MIN;
 
+    /// Of a table of this size, of which so much lives, in jobs of 1000 bytes; none has ended.
+    fn full(size: u64, live: u64) -> Measure {
+        Measure { size, live, jobs: live / 1000, ended: 0 }
+    }
+
     fn moving(table: usize, is_due: bool) -> Step {
         Step::Move { table, is_due }
     }
@@ -167,9 +196,9 @@ mod tests {
     fn a_table_of_which_most_is_dead_is_left_emptied_and_truncated() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        assert!(!rotation.notice(SIZE_MIN - 1));
-        assert!(rotation.notice(FULL));
-        assert_eq!(rotation.look(FULL, 0, now), Some(1));
+        assert!(!rotation.notice(SIZE_MIN - 1, 0));
+        assert!(rotation.notice(FULL, 0));
+        assert_eq!(rotation.look(full(FULL, 0), now), Some(1));
         assert_eq!(rotation.steps(now), []);
         let soon = now + SOON;
         assert_eq!(rotation.steps(soon), [moving(0, false)]);
@@ -189,43 +218,58 @@ mod tests {
     fn a_table_of_which_much_lives_fills_on_until_as_much_is_dead() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        assert_eq!(rotation.look(FULL, FULL - 1000, now), None);
-        assert!(!rotation.notice(FULL));
-        assert!(rotation.notice(2 * FULL));
-        assert_eq!(rotation.look(2 * FULL, FULL, now), Some(1));
-        assert!(rotation.notice(FULL));
+        assert_eq!(rotation.look(full(FULL, FULL - 1000), now), None);
+        assert!(!rotation.notice(FULL, 0));
+        assert!(rotation.notice(2 * FULL, 0));
+        assert_eq!(rotation.look(full(2 * FULL, FULL), now), Some(1));
+        assert!(rotation.notice(FULL, 0));
+    }
+
+    #[test]
+    fn or_until_as_many_of_its_jobs_have_ended() {
+        let now = Instant::now();
+        let mut rotation = ready(now);
+        assert_eq!(rotation.look(Measure { size: 20_000_000, live: 20_000_000, jobs: 1000, ended: 70 }, now), None);
+        assert!(!rotation.notice(20_000_000, 569));
+        assert!(rotation.notice(20_000_000, 570));
+        // Others have come: not after each of the few that are missing.
+        assert_eq!(rotation.look(Measure { size: 20_000_000, live: 10_020_000, jobs: 501, ended: 570 }, now), None);
+        assert!(!rotation.notice(20_000_000, 620));
+        assert!(rotation.notice(20_000_000, 621));
+        assert_eq!(rotation.look(Measure { size: 20_000_000, live: 9_000_000, jobs: 450, ended: 621 }, now), Some(1));
+        assert!(!rotation.notice(SIZE_MIN - 1, 10_000));
     }
 
     #[test]
     fn a_table_that_somebody_has_truncated_is_measured_anew() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        assert_eq!(rotation.look(10 * FULL, 9 * FULL, now), None);
-        assert!(!rotation.notice(17 * FULL));
-        assert!(!rotation.notice(0));
-        assert!(rotation.notice(FULL));
-        assert_eq!(rotation.look(FULL, 0, now), Some(1));
+        assert_eq!(rotation.look(full(10 * FULL, 9 * FULL), now), None);
+        assert!(!rotation.notice(17 * FULL, 0));
+        assert!(!rotation.notice(0, 0));
+        assert!(rotation.notice(FULL, 0));
+        assert_eq!(rotation.look(full(FULL, 0), now), Some(1));
     }
 
     #[test]
     fn a_table_that_somebody_holds_is_passed_over_and_tried_again() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        assert_eq!(rotation.look(FULL, 0, now), Some(1));
+        assert_eq!(rotation.look(full(FULL, 0), now), Some(1));
         let late = now + GRACE;
         rotation.record(moving(0, true), Done::Nothing, late);
         assert_eq!(rotation.next(), Some(late + AGAIN.0));
         // By turns: what is held stays, the others go on.
         for (from, to) in [(1, 2), (2, 1), (1, 2)] {
-            assert_eq!(rotation.look(FULL, 0, late), Some(to));
+            assert_eq!(rotation.look(full(FULL, 0), late), Some(to));
             rotation.record(moving(from, false), Done::All, late);
             rotation.record(Step::Truncate(from, late), Done::All, late);
         }
-        assert_eq!(rotation.look(FULL, 0, late), Some(1));
+        assert_eq!(rotation.look(full(FULL, 0), late), Some(1));
         rotation.record(moving(2, false), Done::Nothing, late);
         // None is left to change to.
-        assert!(!rotation.notice(FULL));
-        assert_eq!(rotation.look(FULL, 0, late), None);
+        assert!(!rotation.notice(FULL, 0));
+        assert_eq!(rotation.look(full(FULL, 0), late), None);
         assert_eq!(rotation.steps(late + AGAIN.0), [moving(0, true), moving(2, false)]);
         // Ever later: each try holds others up.
         rotation.record(moving(2, false), Done::Nothing, late);
@@ -237,7 +281,7 @@ mod tests {
     fn what_lives_in_an_empty_table_after_all_is_moved_first() {
         let now = Instant::now();
         let mut rotation = ready(now);
-        rotation.look(FULL, 0, now);
+        rotation.look(full(FULL, 0), now);
         rotation.record(moving(0, false), Done::All, now);
         rotation.record(Step::Truncate(0, now), Done::TooSoon, now);
         assert_eq!(rotation.steps(now), []);

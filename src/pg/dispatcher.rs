@@ -1,13 +1,13 @@
 //! The dispatcher in the database worker: finds runners for the jobs that can run, has Odoo run its own (`odoo_jobs`), and
 //! notices at once when a runner is gone.
 
-use super::jobs::{self, Claimed, Failed, Room};
+use super::jobs::{self, Asked, Claimed, Failed, Room};
 use super::launch::{self, Handle, Launch};
 use super::odoo_jobs::OdooJobs;
 use super::rotation::Turns;
 use super::shared::{RunnerSlot, RunnerState, Shared};
 use super::transaction::{self, Failure};
-use super::{guc, worker};
+use super::{casualties, guc, worker};
 use crate::core::job::{self, Lane};
 use crate::core::link::{Called, Event};
 use pgrx::prelude::*;
@@ -114,6 +114,7 @@ impl Dispatcher {
             self.rescue();
         }
         self.look_by(self.next_rescue);
+        self.count_casualties();
         if self.mine().filter(|(_, slot)| slot.cancel_again()).count() > 0 {
             self.look_by(Instant::now() + NO_PLACE);
         }
@@ -300,7 +301,7 @@ impl Dispatcher {
         };
         slot.database.store(self.database, Ordering::Release);
         slot.role.store(role, Ordering::Release);
-        slot.set_job(claimed.id, &claimed.token);
+        slot.set_job(claimed.id, Some(&claimed.token));
         let name = transaction::run(|| Ok(super::bus::table()?.database)).unwrap_or_default();
         let launch =
             Launch { name: &format!("imbus job {name}"), function: "imbus_runner_main", argument: index as u64 };
@@ -337,10 +338,13 @@ impl Dispatcher {
                 continue;
             }
             self.handles.remove(&index);
-            if let Some((id, token)) = slot.job() {
+            let is_held = slot.held.load(Ordering::Acquire);
+            if let Some((id, token)) = slot.claim() {
                 let claimed = Claimed { id, token, place: None };
-                settle(&claimed, &slot.message(), !slot.held.load(Ordering::Acquire));
+                settle(&claimed, &slot.message(), !is_held);
                 give_back_others(&claimed);
+            } else if let Some(id) = slot.job().filter(|_| !is_held) {
+                casualties::add(self.database, id);
             }
             let wanted_by = slot.leave.load(Ordering::Acquire);
             slot.free();
@@ -352,6 +356,17 @@ impl Dispatcher {
         given_up
     }
 
+    /// Counts the deaths of runners with jobs that they had not claimed.
+    fn count_casualties(&mut self) {
+        for id in casualties::of(self.database) {
+            match transaction::run(|| jobs::died_unclaimed(id)) {
+                Ok(true) => casualties::settle(self.database, id),
+                Ok(false) => self.look_by(Instant::now() + NO_PLACE),
+                Err(failure) => pgrx::warning!("imbus could not count the death of a runner in job {id}: {failure}"),
+            }
+        }
+    }
+
     /// Gives back jobs that are `processing` without a runner: theirs died with the server, or they were restored from
     /// a dump. A runner enters its job in its slot before its claim commits, so none at work is taken for an orphan.
     fn rescue(&self) {
@@ -359,7 +374,7 @@ impl Dispatcher {
             Ok(orphans) => orphans,
             Err(failure) => return pgrx::warning!("imbus could not look for abandoned jobs: {failure}"),
         };
-        let alive: Vec<String> = self.mine().filter_map(|(_, slot)| slot.job()).map(|(_, token)| token).collect();
+        let alive: Vec<String> = self.mine().filter_map(|(_, slot)| slot.claim()).map(|(_, token)| token).collect();
         let mut call = None;
         for orphan in orphans.iter().filter(|orphan| !alive.contains(&orphan.claimed.token)) {
             // Of those that shared a call of Odoo's, the first was at work.
@@ -426,11 +441,11 @@ fn claim_one(role: u32) -> super::report::Outcome<Option<Claimed>> {
         if room.of(&lane.queue) == Some(0) {
             continue;
         }
-        let first = jobs::company(&jobs::lock_first(lane, 1, None)?);
-        if let Some(id) = first.ids.first().copied() {
+        let locked = jobs::lock_first(lane, 1, None, Asked::Place)?;
+        if let Some(first) = locked.first() {
             let token = jobs::new_token()?;
-            jobs::take(&first, &token, None)?;
-            return Ok(Some(Claimed { id, token, place: Some(first.place) }));
+            jobs::take(&[first], &token, None)?;
+            return Ok(Some(Claimed { id: first.id, token, place: Some(first.place) }));
         }
     }
     Ok(None)

@@ -12,12 +12,13 @@ mod overview;
 mod rotation;
 
 pub use claims::{
-    Company, Locked, Mark, Room, Work, company, count_due, lanes, left, lock_first, lock_limits, lock_offered,
-    processing, read, release, release_after, take,
+    Asked, Locked, Mark, Room, Work, company, count_due, lanes, left, lock_again, lock_first, lock_limits,
+    lock_offered, processing, read, release, release_after, take,
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{
-    Failed, cancelled, fail, give_back_one, give_back_others, given_up, runner_died, succeed, succeed_all,
+    Failed, cancelled, died_unclaimed, fail, fail_at_once, give_back_one, give_back_others, given_up, runner_died,
+    succeed, succeed_all, succeed_at_once,
 };
 pub use enqueue::{Model, New, enqueue, enqueue_all};
 pub use outside::{begin, claim_outside, fail_outside, finish_outside, progress};

@@ -6,6 +6,7 @@ mod authenticate;
 mod bookmark;
 mod bus;
 mod call;
+mod casualties;
 mod catalog;
 mod database;
 mod datum;
@@ -56,6 +57,7 @@ pub extern "C-unwind" fn _PG_init() {
     wake::register();
     guard::install();
     if preloaded {
+        casualties::request();
         shared::request();
         ring::request();
         hook::install();

@@ -4,7 +4,7 @@
 
 use super::dispatcher::give_back;
 use super::guc;
-use super::jobs::{self, Claimed, Failed, Room, Token};
+use super::jobs::{self, Asked, Claimed, Failed, Room, Token};
 use super::report::Outcome;
 use super::shared::Shared;
 use super::transaction::{self, Failure};
@@ -261,13 +261,13 @@ fn claim(lanes: &[Lane], size: usize, places: usize) -> Outcome<Option<Batch>> {
     for lane in lanes.iter().filter(|lane| room.of(&lane.queue) != Some(0)) {
         // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
         let size = if room.of(&lane.queue).is_some() { 1 } else { size };
-        let locked = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None)?;
+        let locked = jobs::lock_first(lane, i64::try_from(size).unwrap_or(1), None, Asked::Place)?;
         let share = if locked.len() < size { locked.len().div_ceil(places) } else { size };
         let company = jobs::company(locked.get(..share).unwrap_or_default());
-        if !company.ids.is_empty() {
+        if !company.is_empty() {
             let token = jobs::new_token()?;
-            jobs::take(&company, &token, Some(WORKER))?;
-            let ids = company.ids;
+            jobs::take(&Vec::from_iter(company), &token, Some(WORKER))?;
+            let ids: Vec<i64> = company.iter().map(|job| job.id).collect();
             return Ok(Some(Batch { token, is_single: ids.len() == 1, ids, given_back: 0, began: Instant::now() }));
         }
     }

@@ -6,7 +6,7 @@ use super::report::Outcome;
 use super::shared::DatabaseSlot;
 use super::transaction::{self, Failure};
 use super::worker;
-use crate::core::rotation::{Done, Rotation, Step};
+use crate::core::rotation::{Done, Measure, Rotation, Step};
 use std::time::{Duration, Instant};
 
 /// How often it is looked how full the table is that fills, at most.
@@ -48,9 +48,10 @@ impl Turns {
         let new = || Rotation::new(count, filling, Instant::now());
         let rotation = self.rotation.get_or_insert_with(new);
         self.after.resize(count, None);
-        if rotation.notice(size) {
-            let live = transaction::run(|| jobs::live(filling))?;
-            let next = rotation.look(size, live, Instant::now());
+        let ended = slot.ended();
+        if rotation.notice(size, ended) {
+            let (live, jobs) = transaction::run(|| jobs::live(filling))?;
+            let next = rotation.look(Measure { size, live, jobs, ended }, Instant::now());
             next.into_iter().for_each(|table| slot.set_filling(table));
         }
         for step in rotation.steps(Instant::now()) {

@@ -1,8 +1,8 @@
-//! The workers `imbus job <name>`: each runs jobs of one role in one database, connected as that role. Short jobs are
-//! claimed, run and committed many at once; each in a savepoint of its own, and whatever may have failed because of its company
-//! is run again alone, so that nothing of the others' is to be seen in how a job ends.
+//! The workers `imbus job <name>`: each runs jobs of one role in one database, connected as that role; short ones in company
+//! (`company`).
 
 mod claim;
+mod company;
 
 use super::call::{self, Arguments};
 use super::jobs::{self, Claimed, Failed, Work};
@@ -15,20 +15,15 @@ use super::shared::{self, RunnerSlot, RunnerState};
 use super::sqlstate;
 use super::transaction::{self, Failure};
 use super::worker::{self, Waiting};
-use claim::{BUDGET, Batch, Claims};
+use claim::{Claims, Turn};
 use pgrx::prelude::*;
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::ffi::CStr;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long a runner waits for the next job of its role.
 const LINGER: Duration = Duration::from_secs(10);
-
-/// How long jobs that share a transaction may take together before the one at work is stopped, to be run alone, in
-/// milliseconds: the others' results do not wait for it.
-const COMPANY: i64 = 100;
 
 thread_local! {
     /// The slot of this runner.
@@ -65,9 +60,9 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
     session::be_unstoppable();
     INTERRUPTS.set(slot.interrupts());
     slot.set_state(RunnerState::Running);
-    let mut claims = Claims::new(slot, role);
+    let mut claims = Claims::new(slot, argument.value(), role);
     // The one it was launched for; what it is stands in its row.
-    let mut first = slot.job().map(|(id, token)| Claimed { id, token, place: None });
+    let mut first = slot.claim().map(|(id, token)| Claimed { id, token, place: None });
     loop {
         if let Some(claimed) = first.take() {
             work(&claimed);
@@ -78,12 +73,12 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
         if worker::reload() {
             claims.forget();
         }
-        let batch = claims.next().or_else(|| linger(slot, database, &mut claims));
-        let Some(batch) = batch else { break };
-        let (began, size) = (Instant::now(), batch.works.len());
-        run(slot, batch);
+        let turn = claims.next().or_else(|| linger(slot, database, &mut claims));
+        let Some(turn) = turn else { break };
+        let (began, jobs, took) = (Instant::now(), turn.jobs(), turn.took());
+        company::go_on(slot, turn);
         slot.clear_job();
-        claims.pace.record(size, began.elapsed());
+        claims.pace.record(jobs, took + began.elapsed());
     }
     launch::exit()
 }
@@ -128,7 +123,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
 }
 
 /// Waits for the next jobs of the role; None when none came, or when the place is needed.
-fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch> {
+fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Turn> {
     let until = Instant::now() + LINGER;
     loop {
         let left = until.saturating_duration_since(Instant::now());
@@ -139,13 +134,13 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
         }
         slot.is_waiting.store(true, Ordering::SeqCst);
         // What was enqueued before that woke somebody else, or nobody; or was offered by somebody who was slow to say it.
-        if let Some(batch) = claims.next() {
+        if let Some(turn) = claims.next() {
             wait_no_more(slot, database, false);
-            return Some(batch);
+            return Some(turn);
         }
-        if let Some(batch) = claims.offered() {
+        if let Some(turn) = claims.offered() {
             wait_no_more(slot, database, true);
-            return Some(batch);
+            return Some(turn);
         }
         worker::report_activity(None);
         worker::idle(&Waiting { socket: None, writable: false, timeout: left.min(claims.patience()) });
@@ -153,9 +148,9 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Batch
             claims.forget();
         }
         let was_offered = slot.offer.load(Ordering::SeqCst) != 0;
-        if let Some(batch) = claims.offered() {
+        if let Some(turn) = claims.offered() {
             wait_no_more(slot, database, true);
-            return Some(batch);
+            return Some(turn);
         }
         if !was_offered && !slot.is_waiting.load(Ordering::SeqCst) {
             claims.rest_until(Instant::now());
@@ -172,124 +167,6 @@ fn wait_no_more(slot: &RunnerSlot, database: u32, is_offered: bool) {
         shared.database(database).into_iter().for_each(|slot| slot.add_news());
         shared.wake_jobs(database);
     }
-}
-
-/// Claimed jobs on their way.
-struct Course {
-    /// Not begun.
-    left: VecDeque<Work>,
-    /// To be run alone: they failed in company, or with it.
-    failed: Vec<Work>,
-    /// To be run alone: they took so long that they were stopped.
-    slow: Vec<Work>,
-}
-
-/// Runs what was claimed: in company as far as that goes, the rest alone. Of those that may take long only one is kept, so
-/// that none waits for another while other runners have nothing to do.
-fn run(slot: &RunnerSlot, batch: Batch) {
-    let Batch { token, place, works } = batch;
-    let mut course = Course { left: VecDeque::from(works), failed: Vec::new(), slow: Vec::new() };
-    // A wish to stop a job would be forgotten with the next one.
-    while course.left.len() > 1 && course.slow.is_empty() && session::can_share() && slot.cancelled().is_none() {
-        run_together(slot, &token, place, &mut course);
-    }
-    let Course { left, failed, mut slow } = course;
-    let alone = |id| run_alone(slot, &Claimed { id, token: token.clone(), place: Some(place) });
-    // Whom somebody wants to stop comes first: the mark is for the job in the slot.
-    if let Some(place) = slow.iter().position(|work| Some(work.id) == slot.cancelled()) {
-        alone(slow.swap_remove(place).id);
-    }
-    failed.iter().for_each(|work| alone(work.id));
-    let mut others = slow.into_iter().chain(left);
-    let Some(last) = others.next() else { return };
-    if others.next().is_some() {
-        give_back(&token, last.id);
-    }
-    alone(last.id);
-}
-
-fn run_alone(slot: &RunnerSlot, claimed: &Claimed) {
-    session::be_unstoppable();
-    slot.begin(claimed.id);
-    work(claimed);
-    session::reset();
-}
-
-fn give_back(token: &jobs::Token, but: i64) {
-    if let Err(failure) = transaction::run(|| jobs::give_back_others(token, but)) {
-        pgrx::warning!("imbus could not give back jobs: {failure}");
-    }
-    session::be_unstoppable();
-}
-
-/// Runs jobs in one transaction, each in a savepoint, until their time is over.
-fn run_together(slot: &RunnerSlot, token: &jobs::Token, place: pg_sys::Oid, course: &mut Course) {
-    let mut tried = Vec::new();
-    let (mut failed, mut slow) = (Vec::new(), Vec::new());
-    let outcome = transaction::run(|| {
-        session::be_stoppable();
-        let began = Instant::now();
-        let limit = Limit::set(COMPANY);
-        let (mut results, mut failures) = (Vec::new(), Vec::new());
-        while began.elapsed() < BUDGET && session::can_go_on() {
-            let Some(next) = course.left.pop_front() else { break };
-            let id = next.id;
-            tried.push(next);
-            let Some(next) = tried.last() else { break };
-            slot.begin(id);
-            transaction::restart_clock();
-            match transaction::in_savepoint(|| call(next)) {
-                Ok(result) => results.push((id, result)),
-                Err(failure) if failure.code == QUERY_CANCELED => {
-                    slow.push(id);
-                    break;
-                }
-                Err(failure) if is_its_own(&failure) => failures.push((id, Failed::from(&failure))),
-                Err(failure) => {
-                    pgrx::debug1!("imbus runs job {id} again, alone: {failure}");
-                    failed.push(id);
-                }
-            }
-            session::clear();
-        }
-        drop(limit);
-        // Somebody who has locked one of the rows must not keep the others.
-        transaction::with_lock_timeout(|| {
-            if !results.is_empty() && !jobs::succeed_all(place, token, &results)? {
-                return Err(jobs::given_up(results.first().map_or(0, |(id, _)| *id)));
-            }
-            for (id, failed) in &failures {
-                let claimed = Claimed { id: *id, token: token.clone(), place: Some(place) };
-                if !jobs::fail(&claimed, failed)? {
-                    return Err(jobs::given_up(*id));
-                }
-            }
-            Ok(())
-        })
-    });
-    session::be_unstoppable();
-    Limit::lift();
-    worker::report_activity(None);
-    session::after_transaction();
-    if let Err(failure) = &outcome {
-        pgrx::debug1!("imbus runs jobs one by one that could not be ended together: {failure}");
-    }
-    let is_done = outcome.is_ok();
-    for work in tried {
-        match () {
-            () if slow.contains(&work.id) => course.slow.push(work),
-            () if !is_done || failed.contains(&work.id) => course.failed.push(work),
-            () => {}
-        }
-    }
-}
-
-/// Whether a job would have failed so alone, too: of data, of a constraint, or because its function says so. It may have seen what
-/// those before it did, which is committed with its failure, or not at all. But what may not be there twice may be the number of
-/// the transaction that it shares.
-fn is_its_own(failure: &Failure) -> bool {
-    let is_twice = matches!(failure.code.as_str(), UNIQUE_VIOLATION | EXCLUSION_VIOLATION);
-    !is_twice && ["22", "23", "P0"].iter().any(|class| failure.code.starts_with(class))
 }
 
 /// Calls a job's function.
@@ -346,8 +223,6 @@ fn record(claimed: &Claimed, ended: &Ended) {
 
 /// SQLSTATE query_canceled.
 const QUERY_CANCELED: &str = "57014";
-const UNIQUE_VIOLATION: &str = "23505";
-const EXCLUSION_VIOLATION: &str = "23P01";
 
 /// How an attempt ended that did not succeed.
 enum Ended {

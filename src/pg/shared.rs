@@ -4,7 +4,7 @@
 
 mod runners;
 
-use super::worker;
+use super::{casualties, worker};
 use crate::core::ends::Ends;
 use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgAtomic, pg_shmem_init};
@@ -144,6 +144,11 @@ impl DatabaseSlot {
         self.awaits_ends.store(awaits, Ordering::SeqCst);
     }
 
+    /// How many jobs have ended, counted from whenever.
+    pub fn ended(&self) -> u64 {
+        self.ended.load(Ordering::Relaxed)
+    }
+
     /// Which table fills (`core::rotation`).
     pub fn filling(&self) -> usize {
         self.filling.load(Ordering::Acquire) as usize
@@ -264,6 +269,8 @@ unsafe impl PGRXSharedMemory for Shared {}
 
 impl Default for Shared {
     fn default() -> Shared {
+        // It begins anew when the server does, and when some process has crashed.
+        casualties::gather();
         Shared {
             secret: load_secret(),
             gateway: Process::default(),

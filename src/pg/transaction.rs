@@ -272,6 +272,16 @@ pub fn by_hashing<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     })
 }
 
+/// Runs statements that look up rows by where they are.
+pub fn by_places<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    without_settings(|| {
+        for method in [c"enable_hashjoin", c"enable_mergejoin", c"enable_indexscan"] {
+            set(method, c"off", pg_sys::GucAction::GUC_ACTION_SAVE);
+        }
+        work()
+    })
+}
+
 /// Runs statements that wait for nobody's lock longer than 100 ms. Errors: 55P03.
 pub fn with_lock_timeout<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
     without_settings(|| {

@@ -122,42 +122,78 @@ pub struct Mark {
 pub struct Locked {
     pub id: i64,
     run_at: TimestampWithTimeZone,
-    /// The table that it is in.
+    /// The table that it is in, and where.
     pub place: pg_sys::Oid,
+    pub row: pg_sys::ItemPointerData,
     /// It is run alone: a runner has died in it, and no other job is to die with it again, or its time is limited.
     is_alone: bool,
+    /// Somebody hears of its states or knows it by a name or a key, or it was tried before.
+    is_watched: bool,
+    pub max_attempts: i32,
+    /// What its runner needs, if that was asked for.
+    pub work: Option<Work>,
 }
 
 impl Locked {
-    fn read(row: &sql::Row) -> Outcome<Locked> {
-        let run_at = row.get(2)?.ok_or_else(|| internal("a job without its time"))?;
-        Ok(Locked { id: row.need(1)?, run_at, place: row.need(3)?, is_alone: row.need(4)? })
+    fn read(row: &sql::Row, asked: Asked) -> Outcome<Locked> {
+        let id = row.need(1)?;
+        let work = match asked {
+            Asked::Place => None,
+            Asked::Work => Some(Work { id, ..work(row, 8)? }),
+        };
+        Ok(Locked {
+            id,
+            run_at: row.get(2)?.ok_or_else(|| internal("a job without its time"))?,
+            place: row.need(3)?,
+            row: row.get(4)?.unwrap_or_default(),
+            is_alone: row.need(5)?,
+            is_watched: row.need(6)?,
+            max_attempts: row.need(7)?,
+            work,
+        })
     }
 
     /// Where it stands in its lane.
     pub fn mark(&self) -> Mark {
         Mark { run_at: self.run_at, id: self.id }
     }
+
+    /// Whether it may go from `created` to its end at once: nobody looks out for its states, nor for its first attempt.
+    pub fn may_skip_a_state(&self) -> bool {
+        !self.is_alone && !self.is_watched && self.work.is_some()
+    }
 }
 
-/// Of a job `c`, what `Locked` holds.
-const LOCKED: &str = "c.id, c.run_at, c.tableoid, c.deaths > 0 OR c.timeout IS NOT NULL";
-
-/// Jobs of one table.
-#[derive(Clone, Debug, Default)]
-pub struct Company {
-    pub place: pg_sys::Oid,
-    pub ids: Vec<i64>,
+/// What is read of jobs that are locked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// Where they are.
+    Place,
+    /// What their runner needs, too.
+    Work,
 }
 
-/// Those that may be claimed together: the first alone, or those up to the next one that is run alone, or is elsewhere.
-pub fn company(locked: &[Locked]) -> Company {
-    let Some(first) = locked.first() else { return Company::default() };
+impl Asked {
+    /// Of a job `c`, what `Locked` holds.
+    fn columns(self) -> String {
+        let place = "c.id, c.run_at, c.tableoid, c.ctid, c.deaths > 0 OR c.timeout IS NOT NULL,
+                     COALESCE(c.notify, c.name, c.identity_key) IS NOT NULL OR c.attempts > 0, c.max_attempts";
+        match self {
+            Asked::Place => place.to_owned(),
+            Asked::Work => format!("{place}, {WORK}"),
+        }
+    }
+}
+
+/// Those that may be claimed together, all in one table: the first alone, or those up to the next one that is run alone, or is
+/// elsewhere.
+pub fn company(locked: &[Locked]) -> &[Locked] {
+    let Some(first) = locked.first() else { return &[] };
     let count = match first.is_alone {
         true => 1,
         false => locked.iter().take_while(|job| !job.is_alone && job.place == first.place).count(),
     };
-    Company { place: first.place, ids: locked.iter().take(count).map(|job| job.id).collect() }
+    locked.get(..count).unwrap_or_default()
 }
 
 /// What a lane is known by: the first four arguments of the statements on one.
@@ -173,8 +209,8 @@ fn time(at: i64) -> Outcome<TimestampWithTimeZone> {
 
 /// Locks the first jobs of a lane that are due and that nobody else has locked, in order, for this transaction, from where
 /// the lane begins or from where the last claim ended.
-pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<Vec<Locked>> {
-    let text = "SELECT LOCKED FROM TABLE c
+pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>, asked: Asked) -> Outcome<Vec<Locked>> {
+    let text = "SELECT COLUMNS FROM TABLE c
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
@@ -184,19 +220,34 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>) -> Outcome<Vec<L
     };
     let [queue, kind, role, priority] = key(lane);
     let args = [queue, kind, role, priority, time(worker::now())?.into(), run_at.into(), id.into(), most.into()];
-    on_table(&text.replace("KIND", KIND).replacen("LOCKED", LOCKED, 1), &args, Locked::read)
+    on_named(text, &[("KIND", KIND), ("COLUMNS", &asked.columns())], &args, |row| Locked::read(row, asked))
 }
 
 /// Locks the job that a runner of its role was offered, if it waits still.
-pub fn lock_offered(id: i64, role: u32) -> Outcome<Option<Locked>> {
+pub fn lock_offered(id: i64, role: u32, asked: Asked) -> Outcome<Option<Locked>> {
     // Said so that it is looked up by its id alone, not among all that wait or have waited.
-    let text = "SELECT LOCKED FROM TABLE c
+    let text = "SELECT COLUMNS FROM TABLE c
                  WHERE c.id = $1 AND COALESCE(c.state = 'created' AND c.ready, false) AND c.role = $2 AND c.res_model IS NULL
                    AND c.run_at <= pg_catalog.clock_timestamp() FOR UPDATE OF c SKIP LOCKED";
     let args = [id.into(), pg_sys::Oid::from(role).into()];
-    // SKIP LOCKED has the word too.
-    let text = text.replacen("LOCKED", LOCKED, 1);
-    Ok(on_table(&text, &args, Locked::read)?.into_iter().next())
+    let locked = on_named(text, &[("COLUMNS", &asked.columns())], &args, |row| Locked::read(row, asked))?;
+    Ok(locked.into_iter().next())
+}
+
+/// Locks these jobs, as far as they wait and nobody else has locked them, in the order in which they are given.
+pub fn lock_again(ids: &[i64]) -> Outcome<Vec<Locked>> {
+    let text = "SELECT COLUMNS FROM TABLE c WHERE c.id = ANY($1) AND COALESCE(c.state = 'created' AND c.ready, false)
+                   FOR UPDATE OF c SKIP LOCKED";
+    let names = [("COLUMNS", &*Asked::Place.columns())];
+    let mut locked = on_named(text, &names, &[ids.to_vec().into()], |row| Locked::read(row, Asked::Place))?;
+    locked.sort_unstable_by_key(|job| ids.iter().position(|id| *id == job.id));
+    Ok(locked)
+}
+
+/// Whether a job waits to be claimed.
+pub fn waits(id: i64) -> Outcome<bool> {
+    let text = "SELECT true FROM TABLE c WHERE c.id = $1 AND COALESCE(c.state = 'created' AND c.ready, false)";
+    Ok(!on_table(text, &[id.into()], |_| Ok(()))?.is_empty())
 }
 
 /// How many jobs of a lane are due, counted up to `most`.
@@ -237,15 +288,16 @@ fn work(row: &sql::Row, first: usize) -> Outcome<Work> {
     })
 }
 
-/// Claims jobs that this transaction has locked, under one token: `processing`, one attempt more. They come in the order
-/// in which they were locked.
-pub fn take(company: &Company, token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
-    let Company { place, ids } = company;
+/// Claims jobs of one table that this transaction has locked, under one token: `processing`, one attempt more. They come in the
+/// order in which they were locked.
+pub fn take(company: &[&Locked], token: &Token, worker: Option<&str>) -> Outcome<Vec<Work>> {
+    let Some(first) = company.first() else { return Ok(Vec::new()) };
     let text = "UPDATE PLACE j SET state = 'processing', attempts = attempts + 1, token = $2, worker = $3,
                 claimed_at = pg_catalog.clock_timestamp(), write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
           WHERE id = ANY($1)";
+    let ids: Vec<i64> = company.iter().map(|job| job.id).collect();
     let args = [ids.clone().into(), Text(token.clone()).into(), worker.map(|name| Text(name.to_owned())).into()];
-    let place = Place::of(*place)?;
+    let place = Place::of(first.place)?;
     let mut works = rows_changed(text, &[place.name()], WORK, &args, |row, first| {
         Ok(Work { id: row.need(1)?, ..work(row, first)? })
     })?;

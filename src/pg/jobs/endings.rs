@@ -1,12 +1,13 @@
 //! How an attempt ends: with a result, with a failure, with its runner.
 
-use super::{Claimed, Place, Token, change_and_tell, move_and_tell, on_named, on_table, table};
+use super::claims::{Locked, lock_again, take, waits};
+use super::{Claimed, Place, Token, change_and_tell, move_and_tell, new_token, on_named, on_table, table};
 use crate::core::job::{self, State};
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, report};
-use crate::pg::transaction::{Failure, by_hashing};
+use crate::pg::transaction::{Failure, by_hashing, by_places};
 use crate::pg::wake;
-use pgrx::datum::DatumWithOid;
+use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 
 /// Ends jobs of this table whose rows fulfil a condition on `j`, and puts them with these changes where ended jobs are.
@@ -50,6 +51,13 @@ const ENDED: [(&str, &str); 5] = [
     ("write_date", "pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'"),
 ];
 
+/// The state of a job whose result is given.
+const STATE: (&str, &str) = ("state", "CASE WHEN g.given IS NULL THEN 'done' ELSE 'succeeded' END");
+
+fn payload(result: &Option<String>) -> Option<String> {
+    result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#))
+}
+
 /// Ends a job with its result, in the transaction that did the work. Errors: 55000 when the token has been given up.
 pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
     let ended = Place::find(claimed, |place| Ok(succeed_at(place, claimed, result)?.then_some(())))?;
@@ -74,12 +82,10 @@ pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>)
 /// one of them was not the runner's any more, so that the transaction must not be committed.
 pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<String>)]) -> Outcome<bool> {
     let [no_token, session, traceback, finished_at, write_date] = ENDED;
-    let state = ("state", "CASE WHEN g.given IS NULL THEN 'done' ELSE 'succeeded' END");
-    let changes = [state, ("payload", "g.given::jsonb"), no_token, session, traceback, finished_at, write_date];
+    let changes = [STATE, ("payload", "g.given::jsonb"), no_token, session, traceback, finished_at, write_date];
     let given = "ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::text[])) d (id, payload)";
     let condition = "j.id = d.id AND j.token = $3 AND j.state = 'processing'";
     let ids: Vec<i64> = results.iter().map(|(id, _)| *id).collect();
-    let payload = |result: &Option<String>| result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#));
     let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result)).collect();
     let args = [ids.clone().into(), payloads.into(), Text(token.clone()).into()];
     let mut changed = by_hashing(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
@@ -89,6 +95,36 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
     }
     wake::ended(&ids);
     Ok(changed == results.len())
+}
+
+/// Ends jobs with their results that were never `processing`: this transaction has locked them, all in one table, and did the
+/// work. False when one of them is not as it was, so that the transaction must not be committed.
+pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithTimeZone) -> Outcome<bool> {
+    let Some((first, _)) = jobs.first() else { return Ok(true) };
+    let [_, session, traceback, finished_at, write_date] = ENDED;
+    let attempts = [("attempts", "1"), ("claimed_at", "$4"), ("worker", "NULL")];
+    let changes =
+        [&[STATE, ("payload", "g.given::jsonb"), session, traceback, finished_at, write_date][..], &attempts].concat();
+    let given =
+        "ROWS FROM (pg_catalog.unnest($1::tid[]), pg_catalog.unnest($2::bigint[]), pg_catalog.unnest($3::text[]))
+                 d (place, id, payload)";
+    let condition = "j.ctid = d.place AND j.id = d.id AND j.state = 'created' AND j.ready";
+    let places: Vec<pg_sys::ItemPointerData> = jobs.iter().map(|(job, _)| job.row).collect();
+    let ids: Vec<i64> = jobs.iter().map(|(job, _)| job.id).collect();
+    let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
+    let args = [places.into(), ids.clone().into(), payloads.into(), began.into()];
+    let changed = by_places(|| end(&Place::of(first.place)?, condition, given, &changes, &args))?;
+    wake::ended(&ids);
+    Ok(changed == jobs.len())
+}
+
+/// Records the failed attempt of such a job. False when it is not as it was.
+pub fn fail_at_once(job: &Locked, failed: &Failed, began: TimestampWithTimeZone) -> Outcome<bool> {
+    let state = job::after_failure(1, job.max_attempts);
+    let (changes, condition) =
+        ("attempts = 1, claimed_at = $6, worker = NULL,", "COALESCE(j.state = 'created' AND j.ready, false)");
+    let attempt = Attempt { state, id: job.id, payload: &failed.payload, traceback: &failed.text, is_delayed: true };
+    Ok(end_attempt(&Place::of(job.place)?, &attempt, "1", changes, condition, began.into())? > 0)
 }
 
 /// Gives back what was claimed under a token, but for one job: none of these was begun, or what was done of them is undone.
@@ -157,7 +193,19 @@ pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outc
     let attempts = on_named(text, &[place.name()], &key, |row| Ok((row.need::<i32>(1)?, row.need::<i32>(2)?)))?;
     let Some((attempts, max_attempts)) = attempts.into_iter().next() else { return Ok(false) };
     let state = if failed.is_final { State::Failed } else { job::after_failure(attempts, max_attempts) };
-    end_attempt(place, state, claimed, &failed.payload, &failed.text, true)?;
+    let attempt =
+        Attempt { state, id: claimed.id, payload: &failed.payload, traceback: &failed.text, is_delayed: true };
+    end_claimed(place, claimed, &attempt)?;
+    Ok(true)
+}
+
+/// Records the death of a runner in a job that it had locked and not claimed. False when somebody has locked it again.
+pub fn died_unclaimed(id: i64) -> Outcome<bool> {
+    let locked = lock_again(&[id])?;
+    let Some(job) = locked.first() else { return Ok(!waits(id)?) };
+    let token = new_token()?;
+    take(&[job], &token, None)?;
+    runner_died(&Claimed { id, token, place: None })?;
     Ok(true)
 }
 
@@ -172,52 +220,81 @@ pub fn runner_died(claimed: &Claimed) -> Outcome<()> {
     let Some(deaths) = deaths.into_iter().next() else { return Ok(()) };
     let message = format!("the runner died {deaths} times in this job");
     let payload = job::error_payload("runner_died", &message, None, None);
-    end_attempt(&Place::anywhere()?, job::after_death(deaths), claimed, &payload, &message, false)
+    let state = job::after_death(deaths);
+    let attempt = Attempt { state, id: claimed.id, payload: &payload, traceback: &message, is_delayed: false };
+    end_claimed(&Place::anywhere()?, claimed, &attempt)
 }
 
-/// Ends an attempt where the job is: a row that Odoo has locked as its own (`begin`) could not be moved.
+/// An attempt that has not succeeded.
+struct Attempt<'a> {
+    /// What becomes of the job.
+    state: State,
+    id: i64,
+    payload: &'a str,
+    traceback: &'a str,
+    /// The next one comes later.
+    is_delayed: bool,
+}
+
+/// Ends the attempt of a claimed job.
+fn end_claimed(place: &Place, claimed: &Claimed, attempt: &Attempt<'_>) -> Outcome<()> {
+    let condition = "j.token = $6 AND j.state = 'processing'";
+    end_attempt(
+        place,
+        attempt,
+        "j.attempts",
+        "token = NULL, session = NULL,",
+        condition,
+        Text(claimed.token.clone()).into(),
+    )?;
+    Ok(())
+}
+
+/// Ends an attempt where the job is: a row that Odoo has locked as its own (`begin`) could not be moved. `number` is the attempt's,
+/// `changes` are further ones, `condition` is that on the job, whose argument is $6. Returns how many jobs changed.
 fn end_attempt(
     place: &Place,
-    state: State,
-    claimed: &Claimed,
-    payload: &str,
-    traceback: &str,
-    delayed: bool,
-) -> Outcome<()> {
+    attempt: &Attempt<'_>,
+    number: &str,
+    changes: &str,
+    condition: &str,
+    argument: DatumWithOid<'_>,
+) -> Outcome<usize> {
     // Each attempt that fails waits twice as long as the one before, up to an hour, and a little more at random, so
     // that what failed together does not come back together.
-    let text = "UPDATE PLACE j SET state = $3, token = NULL, session = NULL, traceback = $5,
-                       payload = CASE WHEN $3 = 'failed' THEN $4 END,
+    let text = "UPDATE PLACE j SET CHANGES state = $2, traceback = $4,
+                       payload = CASE WHEN $2 = 'failed' THEN $3 END,
                        errors = (CASE WHEN pg_catalog.jsonb_array_length(j.errors) < 20 THEN j.errors
                                       ELSE j.errors - 0 END)
                                 || pg_catalog.jsonb_build_array(pg_catalog.jsonb_build_object(
-                                       'attempt', j.attempts, 'at', pg_catalog.clock_timestamp(),
-                                       'error', $4 -> 'error')),
-                       finished_at = CASE WHEN $3 = 'failed' THEN pg_catalog.clock_timestamp() END,
-                       run_at = CASE WHEN $6 AND $3 = 'created'
+                                       'attempt', NUMBER, 'at', pg_catalog.clock_timestamp(),
+                                       'error', $3 -> 'error')),
+                       finished_at = CASE WHEN $2 = 'failed' THEN pg_catalog.clock_timestamp() END,
+                       run_at = CASE WHEN $5 AND $2 = 'created'
                                      THEN pg_catalog.clock_timestamp()
                                           + LEAST(LEAST(j.retry_delay, '1 year') * pg_catalog.power(
-                                                      2::float8, LEAST(j.attempts, 20)::float8 - 1),
+                                                      2::float8, LEAST(NUMBER, 20)::float8 - 1),
                                                   GREATEST('1 hour', LEAST(j.retry_delay, '1 year')))
                                             * (1 + pg_catalog.random() / 4)
                                      ELSE j.run_at END,
                        write_date = pg_catalog.clock_timestamp() AT TIME ZONE 'UTC'
-                 WHERE id = $1 AND token = $2 AND state = 'processing'";
+                 WHERE j.id = $1 AND CONDITION";
     let args = [
-        claimed.id.into(),
-        Text(claimed.token.clone()).into(),
-        Text(state.as_str().to_owned()).into(),
-        JsonbText(payload.to_owned()).into(),
-        Text(traceback.to_owned()).into(),
-        delayed.into(),
+        attempt.id.into(),
+        Text(attempt.state.as_str().to_owned()).into(),
+        JsonbText(attempt.payload.to_owned()).into(),
+        Text(attempt.traceback.to_owned()).into(),
+        attempt.is_delayed.into(),
+        argument,
     ];
-    change_and_tell(text, &[place.name()], &args)?;
-    if state.is_unfinished() {
+    let names = [place.name(), ("NUMBER", number), ("CHANGES", changes), ("CONDITION", condition)];
+    let changed = change_and_tell(text, &names, &args)?;
+    if attempt.state.is_unfinished() {
         wake::enqueued()
     } else {
-        wake::ended(&[claimed.id])
+        wake::ended(&[attempt.id])
     }
-    Ok(())
+    Ok(changed)
 }
 
 /// Records that a job was stopped because somebody wanted it to.

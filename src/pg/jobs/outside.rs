@@ -1,7 +1,7 @@
 //! Runners outside: they claim through SQL, and answer with the fencing token of their claim. A claim ends with the
 //! session that made it (`pg::sessions`), or with the job's timeout, which each word of progress restarts.
 
-use super::claims::{Locked, lanes, lock_first, room};
+use super::claims::{Asked, Locked, lanes, lock_first, room};
 use super::control::has_rights;
 use super::endings::{Failed, fail_at, given_up, succeed_at};
 use super::{Claimed, NOTIFICATION, Place, Token, change_and_tell, new_token, on_named, on_table, stored_channel};
@@ -39,7 +39,7 @@ pub fn claim_outside(queue: &str, max_jobs: i32, worker: Option<&str>, session: 
     for lane in lanes.iter().filter(|lane| lane.is_due()) {
         let wanted = room - i64::try_from(jobs.len()).unwrap_or(room);
         if wanted > 0 {
-            jobs.extend(lock_first(lane, wanted, None)?);
+            jobs.extend(lock_first(lane, wanted, None, Asked::Place)?);
         }
     }
     jobs.iter().map(|locked| assign(locked, worker, session)).collect()

@@ -42,18 +42,17 @@ pub fn size(place: usize) -> Outcome<u64> {
     Ok(safely(|| sql::first(text, &[child.relid.into()], |row| row.need::<i64>(1)))?.map_or(0, i64::unsigned_abs))
 }
 
-/// How much of it lives, in bytes, more or less. Reads the whole table.
-pub fn live(place: usize) -> Outcome<u64> {
+/// How much of it lives, in bytes, more or less, and how many jobs these are. Reads the whole table.
+pub fn live(place: usize) -> Outcome<(u64, u64)> {
     let table = table()?;
-    let Some(child) = table.children.get(place) else { return Ok(0) };
+    let Some(child) = table.children.get(place) else { return Ok((0, 0)) };
     // Without looking at what is stored apart.
     let text = "SELECT COALESCE(pg_catalog.sum(200 + LEAST(pg_catalog.pg_column_size(args), 2000)
-                                                   + LEAST(pg_catalog.pg_column_size(kwargs), 2000)), 0)::bigint
+                                                   + LEAST(pg_catalog.pg_column_size(kwargs), 2000)), 0)::bigint,
+                       pg_catalog.count(*)
                   FROM ONLY CHILD";
-    Ok(through_table(text, &[("CHILD", &child.name)], &[], |row| row.need::<i64>(1))?
-        .into_iter()
-        .next()
-        .map_or(0, i64::unsigned_abs))
+    let read = |row: &sql::Row| Ok((row.need::<i64>(1)?.unsigned_abs(), row.need::<i64>(2)?.unsigned_abs()));
+    Ok(through_table(text, &[("CHILD", &child.name)], &[], read)?.into_iter().next().unwrap_or_default())
 }
 
 /// Where in a table to go on.

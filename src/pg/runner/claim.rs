@@ -1,13 +1,15 @@
 //! Which jobs a runner takes next: the first ones of the first lane of its role, as many as its pace says.
 
+use super::company::Done;
 use crate::core::job::Lane;
 use crate::core::pace::Pace;
-use crate::pg::guc;
-use crate::pg::jobs::{self, Company, Locked, Mark, Room, Token, Work};
+use crate::pg::jobs::{self, Asked, Locked, Mark, Room, Token, Work};
 use crate::pg::report::Outcome;
 use crate::pg::session;
 use crate::pg::shared::{self, DatabaseSlot, RunnerSlot};
 use crate::pg::transaction;
+use crate::pg::{casualties, guc};
+use pgrx::pg_sys;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -39,13 +41,52 @@ const TERM: Duration = Duration::from_millis(50);
 pub struct Batch {
     pub token: Token,
     /// The table that they were claimed in.
-    pub place: pgrx::pg_sys::Oid,
+    pub place: pg_sys::Oid,
     pub works: Vec<Work>,
+}
+
+impl Batch {
+    /// Claims jobs of one table that this transaction has locked.
+    pub fn claim(slot: &RunnerSlot, company: &[&Locked]) -> Outcome<Batch> {
+        let token = jobs::new_token()?;
+        // Before the commit, so that no job that a runner has is taken for an orphan.
+        slot.set_job(company.first().map_or(0, |job| job.id), Some(&token));
+        let works = jobs::take(company, &token, None)?;
+        Ok(Batch { token, place: company.first().map_or(pg_sys::InvalidOid, |job| job.place), works })
+    }
+}
+
+/// What a claim has come to.
+pub enum Turn {
+    /// Jobs that are to be run.
+    Claimed(Batch),
+    /// Jobs that were run and ended in the transaction that has locked them.
+    Done(Done),
+}
+
+impl Turn {
+    /// How many jobs it means.
+    pub fn jobs(&self) -> usize {
+        match self {
+            Turn::Claimed(batch) => batch.works.len(),
+            Turn::Done(done) => done.shared.begun,
+        }
+    }
+
+    /// What they have taken so far.
+    pub fn took(&self) -> Duration {
+        match self {
+            Turn::Claimed(_) => Duration::ZERO,
+            Turn::Done(done) => done.shared.took,
+        }
+    }
 }
 
 /// The claims of one runner.
 pub struct Claims {
     slot: &'static RunnerSlot,
+    /// The slot's number.
+    place: usize,
     role: u32,
     pub pace: Pace,
     /// Where the last claim ended. It goes on there without a look at the other lanes while that would cost too much.
@@ -61,14 +102,17 @@ pub struct Claims {
     is_warm: bool,
     /// Others kept it from looking.
     is_kept_off: bool,
+    /// The jobs of the queue that it has found are counted.
+    is_counted: bool,
     began: Instant,
 }
 
 impl Claims {
     /// None made yet.
-    pub fn new(slot: &'static RunnerSlot, role: u32) -> Claims {
+    pub fn new(slot: &'static RunnerSlot, place: usize, role: u32) -> Claims {
         Claims {
             slot,
+            place,
             role,
             pace: Pace::new(BUDGET, MOST),
             ended: None,
@@ -78,12 +122,13 @@ impl Claims {
             has_looked: false,
             is_warm: false,
             is_kept_off: false,
+            is_counted: false,
             began: Instant::now(),
         }
     }
 
-    /// Claims the next jobs. None when there are none that can run, or when the runner is to leave.
-    pub fn next(&mut self) -> Option<Batch> {
+    /// Claims the next jobs, and runs short ones. None when there are none that can run, or when the runner is to leave.
+    pub fn next(&mut self) -> Option<Turn> {
         let is_over = || self.slot.leave_at_once.load(Ordering::Acquire) || self.began.elapsed() >= TERM;
         if self.slot.leave.load(Ordering::Acquire) != 0 && is_over() {
             return None;
@@ -94,26 +139,27 @@ impl Claims {
             return None;
         }
         self.quiet = None;
-        let batch = self.run(Claims::claim);
+        let turn = self.run(Claims::find, true);
         // Nothing is known of what it could not look at.
-        if batch.is_none() && self.has_looked {
+        if turn.is_none() && self.has_looked {
             self.quiet = news;
         }
-        batch
+        turn
     }
 
-    /// Claims the job that the runner was woken for. None when it was not woken for one, or when somebody else has it.
-    pub fn offered(&mut self) -> Option<Batch> {
+    /// Claims the job that the runner was woken for, or runs it. None when it was not woken for one, or when somebody else has it.
+    pub fn offered(&mut self) -> Option<Turn> {
         let id = Some(self.slot.offer.swap(0, Ordering::SeqCst)).filter(|id| *id != 0)?;
         // Where jobs are counted, a look counts.
         if !guc::queues().is_empty() {
             self.quiet = None;
             return None;
         }
-        self.run(|claims| {
-            let locked = jobs::lock_offered(id, claims.role)?;
-            claims.take(&jobs::company(locked.as_slice()))
-        })
+        let find = |claims: &mut Claims| {
+            claims.is_counted = false;
+            Ok(Vec::from_iter(jobs::lock_offered(id, claims.role, claims.asked())?))
+        };
+        self.run(find, false)
     }
 
     /// How long to wait before the next look: not long when others kept it from looking, or when it rests.
@@ -148,14 +194,44 @@ impl Claims {
         shared::get().and_then(|shared| shared.database(database)).map(DatabaseSlot::news)
     }
 
-    fn run(&mut self, claim: impl FnOnce(&mut Claims) -> Outcome<Option<Batch>>) -> Option<Batch> {
-        let claimed = transaction::run(|| claim(self));
+    /// Claims the first of the jobs that `find` has locked, or runs them; `is_next`: where it goes on then.
+    fn run(&mut self, find: impl FnOnce(&mut Claims) -> Outcome<Vec<Locked>>, is_next: bool) -> Option<Turn> {
+        let mut done = None;
+        let claimed = transaction::run(|| {
+            let locked = find(self)?;
+            let company = jobs::company(&locked);
+            if company.is_empty() {
+                return Ok(None);
+            }
+            let (batch, count) = if self.goes_at_once(company) {
+                let done = done.insert(Done::new(company));
+                done.run(self.slot, self.place, company)?;
+                if done.shared.begun < company.len() || !session::can_go_on() {
+                    self.pace.cut_short(done.shared.begun);
+                }
+                (None, done.shared.begun)
+            } else {
+                (Some(Batch::claim(self.slot, &Vec::from_iter(company))?), company.len())
+            };
+            // It goes on behind the last one that it has claimed.
+            let last = count.checked_sub(1).and_then(|last| company.get(last)).filter(|_| is_next);
+            if let (Some((_, mark)), Some(last)) = (&mut self.ended, last) {
+                *mark = last.mark();
+            }
+            Ok(batch)
+        });
+        if let Some(done) = &mut done {
+            done.end(self.place, &claimed);
+        }
         session::be_unstoppable();
-        match claimed {
-            Ok(batch) => batch,
-            Err(failure) => {
-                self.forget();
-                (self.has_looked, self.is_kept_off) = (false, false);
+        if claimed.is_err() {
+            self.forget();
+            (self.has_looked, self.is_kept_off) = (false, false);
+        }
+        match (done, claimed) {
+            (Some(done), _) => Some(Turn::Done(done)),
+            (None, Ok(batch)) => batch.map(Turn::Claimed),
+            (None, Err(failure)) => {
                 self.slot.clear_job();
                 pgrx::warning!("imbus could not claim a job: {failure}");
                 None
@@ -163,34 +239,33 @@ impl Claims {
         }
     }
 
-    fn claim(&mut self) -> Outcome<Option<Batch>> {
-        self.has_looked = false;
-        self.is_kept_off = !jobs::lock_limits()?;
-        if self.is_kept_off {
-            return Ok(None);
-        }
-        let locked = match self.go_on()? {
-            locked if !locked.is_empty() => locked,
-            nothing if self.is_resting() => nothing,
-            _ => self.look()?,
-        };
-        let company = jobs::company(&locked);
-        // It goes on behind the last one that it has claimed.
-        let last = company.ids.len().checked_sub(1).and_then(|last| locked.get(last));
-        if let (Some((_, mark)), Some(last)) = (&mut self.ended, last) {
-            *mark = last.mark();
-        }
-        self.take(&company)
+    /// Whether jobs are run and ended in the transaction that has locked them: they are short, as the last ones were, and nobody
+    /// sees that they were never `processing`.
+    fn goes_at_once(&self, company: &[Locked]) -> bool {
+        self.asked() == Asked::Work && !self.is_counted && company.iter().all(Locked::may_skip_a_state)
     }
 
-    /// Claims jobs that this transaction has locked.
-    fn take(&mut self, company: &Company) -> Outcome<Option<Batch>> {
-        let Some(first) = company.ids.first() else { return Ok(None) };
-        let token = jobs::new_token()?;
-        // Before the commit, so that no job that a runner has is taken for an orphan.
-        self.slot.set_job(*first, &token);
-        let works = jobs::take(company, &token, None)?;
-        Ok(Some(Batch { token, place: company.place, works }))
+    /// What is read of jobs as they are locked.
+    fn asked(&self) -> Asked {
+        match self.pace.size() > 1 && session::can_share() && casualties::are_noticed() {
+            true => Asked::Work,
+            false => Asked::Place,
+        }
+    }
+
+    /// Locks the next jobs of a lane.
+    fn find(&mut self) -> Outcome<Vec<Locked>> {
+        self.has_looked = false;
+        self.is_counted = false;
+        self.is_kept_off = !jobs::lock_limits()?;
+        if self.is_kept_off {
+            return Ok(Vec::new());
+        }
+        match self.go_on()? {
+            locked if !locked.is_empty() => Ok(locked),
+            nothing if self.is_resting() => Ok(nothing),
+            _ => self.look(),
+        }
     }
 
     /// Goes on in the same lane.
@@ -199,7 +274,7 @@ impl Claims {
             return Ok(Vec::new());
         }
         let Some((lane, mark)) = self.ended.take() else { return Ok(Vec::new()) };
-        let locked = jobs::lock_first(&lane, self.size(), Some(&mark))?;
+        let locked = jobs::lock_first(&lane, self.size(), Some(&mark), self.asked())?;
         if !locked.is_empty() || self.is_resting() {
             self.ended = Some((lane, mark));
         }
@@ -233,8 +308,9 @@ impl Claims {
             }
             // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
             let size = if room.is_some() { 1 } else { self.size() };
-            let locked = jobs::lock_first(&lane, size, None)?;
+            let locked = jobs::lock_first(&lane, size, None, self.asked())?;
             if let Some(first) = locked.first() {
+                self.is_counted = room.is_some();
                 let is_all = room.is_none() && lanes.next().is_none();
                 self.ended = room.is_none().then(|| (lane, first.mark()));
                 self.next_look = Instant::now() + began.elapsed() * SPARING;

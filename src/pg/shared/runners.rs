@@ -110,8 +110,9 @@ impl RunnerSlot {
         }
     }
 
-    /// Enters the job it works on; `token` is 32 hexadecimal digits.
-    pub fn set_job(&self, id: i64, token: &str) {
+    /// Enters the job it works on; `token` is 32 hexadecimal digits, none for one that it has not claimed.
+    pub fn set_job(&self, id: i64, token: Option<&str>) {
+        let token = token.unwrap_or_default();
         for (cell, digits) in self.token.iter().zip([token.get(..16), token.get(16..)]) {
             let half = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
             cell.store(half.unwrap_or(0), Ordering::Release);
@@ -120,12 +121,17 @@ impl RunnerSlot {
         self.job.store(id, Ordering::Release);
     }
 
-    /// The job it works on and its token; None when idle.
-    pub fn job(&self) -> Option<(i64, String)> {
-        let id = self.job.load(Ordering::Acquire);
+    /// The job it works on; None when idle.
+    pub fn job(&self) -> Option<i64> {
+        Some(self.job.load(Ordering::Acquire)).filter(|id| *id != 0)
+    }
+
+    /// The job it has claimed and works on, and its token.
+    pub fn claim(&self) -> Option<(i64, String)> {
+        let id = self.job();
         let [high, low] = &self.token;
-        let token = format!("{:016x}{:016x}", high.load(Ordering::Acquire), low.load(Ordering::Acquire));
-        (id != 0).then_some((id, token))
+        let (high, low) = (high.load(Ordering::Acquire), low.load(Ordering::Acquire));
+        id.filter(|_| (high, low) != (0, 0)).map(|id| (id, format!("{high:016x}{low:016x}")))
     }
 
     /// It has ended its job.
@@ -136,7 +142,7 @@ impl RunnerSlot {
 
     /// Asks it to stop this job, if it works on it by this token.
     pub fn ask_cancel(&self, id: i64, token: &str) -> bool {
-        if self.job() != Some((id, token.to_owned())) {
+        if self.claim() != Some((id, token.to_owned())) {
             return false;
         }
         self.cancel.store(id, Ordering::Release);
