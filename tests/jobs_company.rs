@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Cluster, eventually, shared};
+use common::{Cluster, eventually, shared, try_signal};
 use postgres::Client;
 
 fn number(sql: &mut Client, query: &str) -> i64 {
@@ -413,29 +413,49 @@ fn who_is_looked_out_for_is_processing_while_it_runs_and_others_need_not_be() {
     assert_eq!(number(&mut sql, failed), 300);
 }
 
-#[test]
-fn a_job_that_brings_the_server_down_is_known_by_it_and_the_others_go_on() {
-    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
-    let mut sql = cluster.database("jc_crash");
-    sql.batch_execute(
+/// Runs 600 jobs of which one runs this command of the shell whenever it is run, by which its runner dies. A server that is gone is
+/// started again.
+fn with_a_deadly_one(cluster: &Cluster, database: &str, command: &str) -> Client {
+    let mut sql = cluster.database(database);
+    sql.batch_execute(&format!(
         "CREATE TABLE effect (n int);
          CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
          BEGIN
              INSERT INTO effect VALUES (n);
-             IF n = 400 THEN COPY (SELECT) TO PROGRAM 'kill -9 $PPID'; END IF;
-         END $$",
-    )
+             IF n = 400 THEN COPY (SELECT) TO PROGRAM '{command}'; PERFORM pg_sleep(60); END IF;
+         END $$"
+    ))
     .unwrap();
     enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 600) n");
-    let again = || cluster.try_connect("jc_crash", "postgres").ok();
+    let mut postmaster = cluster.postmaster();
     eventually("all jobs have ended", || {
+        if !try_signal(postmaster, 0) {
+            cluster.start_after(postmaster);
+            postmaster = cluster.postmaster();
+        }
         let text = "SELECT count(*) FROM ir_async WHERE state IN ('created', 'processing')";
-        again().is_some_and(|mut sql| sql.query_one(text, &[]).is_ok_and(|row| row.get::<_, i64>(0) == 0))
+        let reached = cluster.try_connect(database, "postgres");
+        reached.is_ok_and(|mut sql| sql.query_one(text, &[]).is_ok_and(|row| row.get::<_, i64>(0) == 0))
     });
-    let mut sql = cluster.connect("jc_crash");
+    let mut sql = cluster.connect(database);
     assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (599, 1));
     assert_eq!(number(&mut sql, "SELECT deaths FROM ir_async WHERE args -> 0 = '400'"), 5);
-    assert_eq!(number(&mut sql, "SELECT sum(deaths) FROM ir_async"), 5);
     assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 599);
     assert_eq!(number(&mut sql, "SELECT max(attempts) FROM ir_async"), 1);
+    sql
+}
+
+#[test]
+fn a_job_that_brings_the_server_down_is_known_by_it_and_the_others_go_on() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut sql = with_a_deadly_one(&cluster, "jc_crash", "kill -9 $PPID");
+    assert_eq!(number(&mut sql, "SELECT sum(deaths) FROM ir_async"), 5);
+}
+
+#[test]
+fn so_is_one_that_kills_the_postmaster() {
+    let cluster = Cluster::start_with(&["imbus.job_workers = 1"]);
+    let mut sql = with_a_deadly_one(&cluster, "jc_down", "kill -9 $(head -n 1 postmaster.pid)");
+    // The worker may have claimed the next one just before it noticed.
+    assert!(number(&mut sql, "SELECT sum(deaths) FROM ir_async") <= 6);
 }

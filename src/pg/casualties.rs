@@ -1,8 +1,11 @@
 //! Jobs with which a runner has died before they were claimed: short ones go from `created` to their end in one transaction, so
-//! that no row tells of it. Which job a runner is at stands in memory that the postmaster maps before it forks, and that, unlike
-//! PostgreSQL's shared memory, outlives a crash of the others: a job that brings the server down is known when it is up again.
+//! that no row tells of it. Which job a runner is at stands in a small file that all processes have in memory: unlike PostgreSQL's
+//! shared memory it outlives them, so that a job that brings the server down is known when it is up again.
 
 use super::shared::RUNNERS;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
@@ -23,20 +26,37 @@ struct Memory {
     dead: [Entry; DEAD],
 }
 
+/// The file in the data directory.
+const FILE: &str = "imbus_at_work";
+
 static MEMORY: OnceLock<&'static Memory> = OnceLock::new();
 
-/// Maps the memory, in the postmaster.
+/// Opens the file, in the postmaster, whose working directory is the data directory.
 pub fn request() {
-    // SAFETY: new memory, shared with children, kept for the life of the process. Zeroes are a valid `Memory`; it is used through
-    // atomics only.
-    let memory = unsafe {
-        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
-        let mapped = libc::mmap(std::ptr::null_mut(), size_of::<Memory>(), access, flags, -1, 0);
-        if mapped == libc::MAP_FAILED { None } else { mapped.cast::<Memory>().as_ref() }
-    };
-    match memory {
-        Some(memory) => drop(MEMORY.set(memory)),
-        None => pgrx::warning!("imbus claims short jobs one by one: {}", std::io::Error::last_os_error()),
+    match open() {
+        Ok(memory) => drop(MEMORY.set(memory)),
+        Err(error) => pgrx::warning!("imbus claims each job before it runs it: {FILE}: {error}"),
+    }
+}
+
+fn open() -> std::io::Result<&'static Memory> {
+    let size = size_of::<Memory>();
+    let mut file =
+        std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(FILE)?;
+    if file.metadata()?.len() != size as u64 {
+        // Written, so that it has all its blocks: a disk that is full is an error here, not a signal later.
+        file.set_len(0)?;
+        file.write_all(&vec![0; size])?;
+    }
+    // SAFETY: a file of this size, mapped for the life of the process and shared with its children. Whatever bytes it has are a valid
+    // `Memory`, which is used through atomics only.
+    unsafe {
+        let (access, none) = (libc::PROT_READ | libc::PROT_WRITE, std::ptr::null_mut());
+        let mapped = libc::mmap(none, size, access, libc::MAP_SHARED, file.as_raw_fd(), 0);
+        if mapped == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        mapped.cast::<Memory>().as_ref().ok_or_else(std::io::Error::last_os_error)
     }
 }
 
@@ -75,7 +95,7 @@ pub fn at_rest(place: usize) {
     }
 }
 
-/// After a crash, in the postmaster, when nobody else lives: whoever was at work has died.
+/// In the postmaster, when nobody else lives: whoever is still said to be at work has died.
 pub fn gather() {
     for entry in MEMORY.get().map_or(&[][..], |memory| &memory.at_work) {
         let job = entry.job.swap(0, Ordering::AcqRel);

@@ -149,11 +149,21 @@ impl Cluster {
         self.run("pg_ctl", &all);
     }
 
+    /// The number of the server's first process.
+    pub fn postmaster(&self) -> i32 {
+        let lock = std::fs::read_to_string(self.dir.join("data/postmaster.pid")).unwrap();
+        lock.lines().next().unwrap().parse().unwrap()
+    }
+
     /// kill -9 of the server itself: its processes end by themselves, and it is started again.
     pub fn kill_server(&self) {
-        let lock = std::fs::read_to_string(self.dir.join("data/postmaster.pid")).unwrap();
-        let postmaster = lock.lines().next().unwrap().parse().unwrap();
+        let postmaster = self.postmaster();
         kill_9(postmaster);
+        self.start_after(postmaster);
+    }
+
+    /// Starts the server again once this postmaster and all its processes have ended.
+    pub fn start_after(&self, postmaster: i32) {
         let data = self.dir.join("data").canonicalize().unwrap();
         let is_one = |process: &Path| std::fs::read_link(process.join("cwd")).is_ok_and(|folder| folder == data);
         eventually("the server's processes have ended", || {
