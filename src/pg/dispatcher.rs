@@ -124,8 +124,21 @@ impl Dispatcher {
             self.look_by(self.next_look);
             return Vec::new();
         }
-        let began = Instant::now();
-        let waiting = match transaction::run(|| self.release().and_then(|()| waiting())) {
+        let mut began = Instant::now();
+        let mut took = Duration::ZERO;
+        let looked = transaction::run(|| {
+            // Jobs that are let go are run after that is written; what a crash undoes of it is done again.
+            transaction::set_local(c"synchronous_commit", c"off");
+            self.release()?;
+            if self.round.is_none() {
+                // Who waits for an end does not wait for the next look.
+                began = Instant::now();
+            }
+            let waiting = waiting();
+            took = began.elapsed();
+            waiting
+        });
+        let waiting = match looked {
             Ok(waiting) => waiting,
             Err(failure) => {
                 // Nothing of it has happened.
@@ -134,7 +147,7 @@ impl Dispatcher {
                 return Vec::new();
             }
         };
-        self.next_look = Instant::now() + began.elapsed() * SPARING;
+        self.next_look = Instant::now() + took * SPARING;
         for place in 0..waiting.roles.len() {
             self.serve_role(&waiting.roles, place);
         }
