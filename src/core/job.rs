@@ -2,6 +2,7 @@
 //! that calls it with JSON arguments. Knows no table and no clock.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// Deaths of runners in the same job after which it is given up (SPEC section 8).
 pub const DEATHS_MAX: i32 = 5;
@@ -76,6 +77,13 @@ impl Lane {
     /// Whether its first job can start.
     pub fn is_due(&self) -> bool {
         self.due_in <= 0.0
+    }
+
+    /// A number that another lane does not have, as good as never, the same in all processes of a server.
+    pub fn number(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (&self.queue, self.is_odoo, self.role, self.priority).hash(&mut hasher);
+        hasher.finish().max(1)
     }
 }
 

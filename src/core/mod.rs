@@ -25,6 +25,7 @@ pub mod rotation;
 pub mod rpc;
 pub mod schedule;
 pub mod settings;
+pub mod span;
 pub mod status;
 pub mod template;
 pub mod token;

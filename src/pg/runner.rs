@@ -15,6 +15,7 @@ use super::shared::{self, RunnerSlot, RunnerState};
 use super::sqlstate;
 use super::transaction::{self, Failure};
 use super::worker::{self, Waiting};
+use crate::core::span::Span;
 use claim::{Claims, Turn};
 use pgrx::prelude::*;
 use std::cell::Cell;
@@ -115,6 +116,7 @@ unsafe extern "C-unwind" fn leave(_code: i32, _argument: pg_sys::Datum) {
         slot.held.store(true, Ordering::Release);
     }
     slot.process.leave();
+    slot.set_span(Span::default());
     slot.set_state(RunnerState::Exited);
     shared.wake_jobs(database);
     // Should the database worker be gone for good, the gateway frees the place.

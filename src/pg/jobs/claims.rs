@@ -5,6 +5,7 @@
 use super::{COUNTING, Claimed, Place, Token, on_named, on_table, rows_changed, table, through_table};
 use crate::core::job::{self, Lane};
 use crate::core::queues::Limits;
+use crate::core::span::Place as At;
 use crate::pg::datum::{JsonbText, Text};
 use crate::pg::report::{Outcome, internal};
 use crate::pg::transaction::{along_bitmaps, in_passing};
@@ -116,6 +117,23 @@ pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
 pub struct Mark {
     run_at: TimestampWithTimeZone,
     id: i64,
+}
+
+impl Mark {
+    /// Where a lane begins.
+    pub fn first(lane: &Lane) -> Outcome<Mark> {
+        Mark::at((lane.first, i64::MIN))
+    }
+
+    /// At this place.
+    pub fn at(place: At) -> Outcome<Mark> {
+        Ok(Mark { run_at: time(place.0)?, id: place.1 })
+    }
+
+    /// Its place.
+    pub fn place(&self) -> At {
+        (self.run_at.into_inner(), self.id)
+    }
 }
 
 /// A waiting job that this transaction has locked.

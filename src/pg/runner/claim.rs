@@ -3,10 +3,11 @@
 use super::company::Done;
 use crate::core::job::Lane;
 use crate::core::pace::Pace;
+use crate::core::span::{self, Place, Span};
 use crate::pg::jobs::{self, Asked, Locked, Mark, Room, Token, Work};
 use crate::pg::report::Outcome;
 use crate::pg::session;
-use crate::pg::shared::{self, DatabaseSlot, RunnerSlot};
+use crate::pg::shared::{self, DatabaseSlot, RunnerSlot, Shared};
 use crate::pg::transaction;
 use crate::pg::{casualties, guc};
 use pgrx::pg_sys;
@@ -91,6 +92,8 @@ pub struct Claims {
     pub pace: Pace,
     /// Where the last claim ended. It goes on there without a look at the other lanes while that would cost too much.
     ended: Option<(Lane, Mark)>,
+    /// Where the last claim began.
+    from: Place,
     next_look: Instant,
     /// Until then it does not look: it takes what it is offered, or what comes where the last claim ended.
     rests_until: Instant,
@@ -116,6 +119,7 @@ impl Claims {
             role,
             pace: Pace::new(BUDGET, MOST),
             ended: None,
+            from: Place::default(),
             next_look: Instant::now(),
             rests_until: Instant::now(),
             quiet: None,
@@ -180,6 +184,7 @@ impl Claims {
     /// It looks next, whatever it knows: settings have changed, or nothing has come of what it found.
     pub fn forget(&mut self) {
         self.ended = None;
+        self.slot.set_span(Span::default());
         self.quiet = None;
         self.rest_until(Instant::now());
     }
@@ -203,6 +208,9 @@ impl Claims {
             if company.is_empty() {
                 return Ok(None);
             }
+            if is_next {
+                self.say(company.last());
+            }
             let (batch, count) = if self.goes_at_once(company) {
                 let done = done.insert(Done::new(company));
                 done.run(self.slot, self.place, company)?;
@@ -217,6 +225,9 @@ impl Claims {
             let last = count.checked_sub(1).and_then(|last| company.get(last)).filter(|_| is_next);
             if let (Some((_, mark)), Some(last)) = (&mut self.ended, last) {
                 *mark = last.mark();
+            }
+            if count < company.len() {
+                self.say(last);
             }
             Ok(batch)
         });
@@ -237,6 +248,24 @@ impl Claims {
                 None
             }
         }
+    }
+
+    /// Says to the others that it has claimed jobs up to this one.
+    fn say(&self, last: Option<&Locked>) {
+        let span = match (&self.ended, last) {
+            (Some((lane, _)), Some(last)) => Span { lane: lane.number(), from: self.from, to: last.mark().place() },
+            _ => Span::default(),
+        };
+        self.slot.set_span(span);
+    }
+
+    /// Where to go on in a lane: past what others have claimed there. A look at all lanes finds what they give back.
+    fn behind(&self, lane: &Lane, mark: &Mark) -> Outcome<Mark> {
+        let database = self.slot.database.load(Ordering::Acquire);
+        let is_here = |slot: &&RunnerSlot| slot.database.load(Ordering::Acquire) == database;
+        let runners = shared::get().into_iter().flat_map(Shared::runners).map(|(_, slot)| slot);
+        let spans: Vec<Span> = runners.filter(is_here).filter_map(RunnerSlot::span).collect();
+        Mark::at(span::behind(lane.number(), mark.place(), &spans))
     }
 
     /// Whether jobs are run and ended in the transaction that has locked them: they are short, as the last ones were, and nobody
@@ -274,6 +303,8 @@ impl Claims {
             return Ok(Vec::new());
         }
         let Some((lane, mark)) = self.ended.take() else { return Ok(Vec::new()) };
+        let mark = self.behind(&lane, &mark)?;
+        self.from = mark.place();
         let locked = jobs::lock_first(&lane, self.size(), Some(&mark), self.asked())?;
         if !locked.is_empty() || self.is_resting() {
             self.ended = Some((lane, mark));
@@ -308,7 +339,9 @@ impl Claims {
             }
             // Jobs that are counted are claimed one by one: those that only wait for their turn would count too.
             let size = if room.is_some() { 1 } else { self.size() };
-            let locked = jobs::lock_first(&lane, size, None, self.asked())?;
+            let mark = Mark::first(&lane)?;
+            let locked = jobs::lock_first(&lane, size, Some(&mark), self.asked())?;
+            self.from = mark.place();
             if let Some(first) = locked.first() {
                 self.is_counted = room.is_some();
                 let is_all = room.is_none() && lanes.next().is_none();

@@ -2,6 +2,7 @@
 //! room for, and what ended it.
 
 use super::Process;
+use crate::core::span::Span;
 use crate::pg::worker;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
@@ -47,6 +48,10 @@ pub struct RunnerSlot {
     pub leave: AtomicU32,
     /// These jobs come before its own: it does not finish its term.
     pub leave_at_once: AtomicBool,
+    /// What it has claimed last of a lane. Odd while it is written.
+    version: AtomicU64,
+    lane: AtomicU64,
+    span: [AtomicI64; 4],
     pub process: Process,
     message: [AtomicU8; MESSAGE],
 }
@@ -68,6 +73,9 @@ impl Default for RunnerSlot {
             offer: AtomicI64::new(0),
             leave: AtomicU32::new(0),
             leave_at_once: AtomicBool::new(false),
+            version: AtomicU64::new(0),
+            lane: AtomicU64::new(0),
+            span: [const { AtomicI64::new(0) }; 4],
             process: Process::default(),
             message: [const { AtomicU8::new(0) }; MESSAGE],
         }
@@ -180,6 +188,27 @@ impl RunnerSlot {
         Some(self.cancel.load(Ordering::Acquire)).filter(|id| *id != 0)
     }
 
+    /// Says what it has claimed of a lane; nobody else does.
+    pub fn set_span(&self, span: Span) {
+        self.version.fetch_add(1, Ordering::SeqCst);
+        self.lane.store(span.lane, Ordering::SeqCst);
+        for (cell, value) in self.span.iter().zip([span.from.0, span.from.1, span.to.0, span.to.1]) {
+            cell.store(value, Ordering::SeqCst);
+        }
+        self.version.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// What it has claimed last of a lane; None also while it changes that.
+    pub fn span(&self) -> Option<Span> {
+        let before = self.version.load(Ordering::SeqCst);
+        let lane = self.lane.load(Ordering::SeqCst);
+        let [from, id, to, last] = &self.span;
+        let place = |time: &AtomicI64, id: &AtomicI64| (time.load(Ordering::SeqCst), id.load(Ordering::SeqCst));
+        let span = Span { lane, from: place(from, id), to: place(to, last) };
+        let is_whole = before.is_multiple_of(2) && before == self.version.load(Ordering::SeqCst);
+        (is_whole && lane != 0).then_some(span)
+    }
+
     /// Gives the place back.
     pub fn free(&self) {
         self.clear_job();
@@ -193,6 +222,8 @@ impl RunnerSlot {
         let (free, reserved) = (RunnerState::Free as u32, RunnerState::Reserved as u32);
         let taken = self.state.compare_exchange(free, reserved, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if taken {
+            self.version.store(0, Ordering::SeqCst);
+            self.set_span(Span::default());
             self.clear_job();
             self.set_message("");
             self.process.leave();
