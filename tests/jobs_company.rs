@@ -459,3 +459,53 @@ fn so_is_one_that_kills_the_postmaster() {
     // The worker may have claimed the next one just before it noticed.
     assert!(number(&mut sql, "SELECT sum(deaths) FROM ir_async") <= 6);
 }
+
+#[test]
+fn what_a_job_was_enqueued_with_is_there_when_it_has_ended_and_triggers_of_an_administrator_fire() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_kept");
+    // Some are stored apart, some compressed.
+    sql.batch_execute(
+        "CREATE FUNCTION size(n int, long text, more text) RETURNS int LANGUAGE sql AS 'SELECT length(long)';
+         CREATE TABLE wanted (n int, args jsonb);
+         INSERT INTO wanted SELECT n, jsonb_build_array(n,
+             CASE n % 3 WHEN 0 THEN repeat('x', 50 * n)
+                        WHEN 1 THEN (SELECT string_agg(md5(n || ' ' || i), '') FROM generate_series(1, n) i)
+                        ELSE '' END) FROM generate_series(1, 400) n",
+    )
+    .unwrap();
+    let calls = "SELECT 'size' AS target, args, jsonb_build_object('more', n) AS kwargs, 'q' AS queue,
+                        n % 2 + 1 AS max_attempts FROM wanted";
+    let kept = "SELECT count(*) FROM ir_async j JOIN wanted w ON w.args = j.args
+                 WHERE j.state = 'succeeded' AND j.payload = jsonb_build_object('result', length(w.args ->> 1))
+                   AND j.kwargs = jsonb_build_object('more', w.n) AND j.queue = 'q' AND j.max_attempts = w.n % 2 + 1
+                   AND j.search_path IS NOT NULL AND j.create_date <= j.write_date AND j.tableoid = 'ir_async'::regclass";
+    enqueue(&mut sql, calls);
+    all_end(&mut sql);
+    assert_eq!(number(&mut sql, kept), 400);
+    assert!(in_company(&mut sql) > 100);
+    sql.batch_execute(
+        "CREATE TABLE gone (id bigint); CREATE TABLE come (id bigint);
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+         BEGIN
+             IF TG_OP = 'DELETE' THEN INSERT INTO public.gone VALUES (OLD.id);
+             ELSIF NEW.state = 'succeeded' THEN INSERT INTO public.come VALUES (NEW.id); END IF;
+             RETURN NULL;
+         END $$;
+         CREATE TRIGGER note AFTER DELETE ON ir_async_1 FOR EACH ROW EXECUTE FUNCTION note()",
+    )
+    .unwrap();
+    enqueue(&mut sql, calls);
+    all_end(&mut sql);
+    assert_eq!(number(&mut sql, kept), 800);
+    assert_eq!(number(&mut sql, "SELECT count(DISTINCT id) FROM gone"), 400);
+    sql.batch_execute(
+        "DROP TRIGGER note ON ir_async_1;
+         CREATE TRIGGER note AFTER INSERT ON ir_async FOR EACH ROW EXECUTE FUNCTION note()",
+    )
+    .unwrap();
+    enqueue(&mut sql, calls);
+    all_end(&mut sql);
+    assert_eq!(number(&mut sql, kept), 1200);
+    assert_eq!(number(&mut sql, "SELECT count(DISTINCT id) FROM come"), 400);
+}

@@ -60,13 +60,17 @@ impl Table {
 
     /// The names of the triggers that an INSERT fires, and whether they are PostgreSQL's own.
     pub fn triggers(&self) -> impl Iterator<Item = (&[u8], bool)> {
+        self.triggers_of(pg_sys::TRIGGER_TYPE_INSERT)
+    }
+
+    fn triggers_of(&self, event: u32) -> impl Iterator<Item = (&[u8], bool)> {
         // SAFETY: the list of the relation's cache entry; names are C strings.
         let triggers = unsafe {
             (*self.0).trigdesc.as_ref().map_or(&[][..], |found| {
                 std::slice::from_raw_parts(found.triggers, usize::try_from(found.numtriggers).unwrap_or(0))
             })
         };
-        let fires = |trigger: &&pg_sys::Trigger| trigger.tgtype & pg_sys::TRIGGER_TYPE_INSERT as i16 != 0;
+        let fires = move |trigger: &&pg_sys::Trigger| trigger.tgtype & event as i16 != 0;
         // SAFETY: as above.
         let name = |trigger: &pg_sys::Trigger| unsafe { CStr::from_ptr(trigger.tgname) }.to_bytes();
         triggers.iter().filter(fires).map(move |trigger| (name(trigger), trigger.tgisinternal))
@@ -95,6 +99,60 @@ impl Table {
                     .as_ref()
                     .is_none_or(|found| found.num_check == 0 && !found.has_generated_stored)
         }
+    }
+}
+
+/// What stands in a column of a row that is moved.
+pub enum Value {
+    /// What stood there before.
+    Same,
+    /// Something else, None for NULL.
+    Other(Option<pg_sys::Datum>),
+}
+
+/// Moves rows that this transaction has locked into another table, which has the same columns and which `fits`. `value` tells what
+/// stands in a column (counted from 0) of a row (counted so among `places`) from now on. False when a row is not as it was, so
+/// that the transaction must not be committed; None where the long way must be gone. Errors: as `with`.
+pub fn relocate<F>(
+    [from, to]: [pg_sys::Oid; 2],
+    indexes: Indexes,
+    fits: impl FnOnce(&Table) -> Option<F>,
+    places: &[pg_sys::ItemPointerData],
+    mut value: impl FnMut(&F, usize, usize) -> Value,
+) -> Outcome<Option<bool>> {
+    // SAFETY: as in `with`. The slot is dropped before its table is closed.
+    unsafe {
+        let from = Table(pg_sys::table_open(from, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE));
+        let is_plain = from.is_plain() && from.triggers_of(pg_sys::TRIGGER_TYPE_DELETE).next().is_none();
+        let is_like_it = |to: &Table| {
+            let alike = |(one, other): (Column<'_>, Column<'_>)| {
+                (one.name, one.type_oid, one.is_dropped) == (other.name, other.type_oid, other.is_dropped)
+            };
+            is_plain && from.columns().count() == to.columns().count() && from.columns().zip(to.columns()).all(alike)
+        };
+        let fits = |to: &Table| is_like_it(to).then(|| fits(to)).flatten();
+        let moved = with(to, indexes, fits, |rows, found| {
+            let slot = pg_sys::table_slot_create(from.0, std::ptr::null_mut());
+            let mut are_there = true;
+            for (row, place) in places.iter().enumerate() {
+                are_there = ffi::fetch(from.0, *place, slot);
+                if !are_there {
+                    break;
+                }
+                let (values, nulls) = ((*slot).tts_values, (*slot).tts_isnull);
+                rows.put(|column| match value(&found, row, column) {
+                    Value::Same => (!*nulls.add(column)).then(|| *values.add(column)),
+                    Value::Other(datum) => datum,
+                });
+                ffi::clear(slot);
+                let mut place = *place;
+                pg_sys::simple_table_tuple_delete(from.0, &raw mut place, &raw mut pg_sys::SnapshotSelfData);
+            }
+            pg_sys::ExecDropSingleTupleTableSlot(slot);
+            Ok(are_there)
+        });
+        pg_sys::table_close(from.0, pg_sys::NoLock as pg_sys::LOCKMODE);
+        moved
     }
 }
 

@@ -88,6 +88,28 @@ pub unsafe fn clear(slot: *mut pg_sys::TupleTableSlot) {
     }
 }
 
+/// Reads a row that lives, with all its columns, into a slot of its table (table_tuple_fetch_row_version of access/tableam.h). False
+/// when none lives there.
+///
+/// # Safety
+/// An open table, and a slot that was made for it.
+pub unsafe fn fetch(
+    table: pg_sys::Relation,
+    mut place: pg_sys::ItemPointerData,
+    slot: *mut pg_sys::TupleTableSlot,
+) -> bool {
+    // SAFETY: the caller's; a snapshot of PostgreSQL's own that sees what is committed, or done by this transaction.
+    unsafe {
+        let Some(fetch) = (*(*table).rd_tableam).tuple_fetch_row_version else { return false };
+        let snapshot = &raw mut pg_sys::SnapshotSelfData;
+        let is_there = guarded(|| fetch(table, &raw mut place, snapshot, slot));
+        if is_there {
+            pg_sys::slot_getsomeattrs_int(slot, (*(*table).rd_att).natts);
+        }
+        is_there
+    }
+}
+
 /// Whether a row in a slot fulfils a compiled condition (ExecQual of executor/executor.h).
 ///
 /// # Safety

@@ -1,12 +1,13 @@
 //! How an attempt ends: with a result, with a failure, with its runner.
 
 use super::claims::{Locked, lock_again, take, waits};
+use super::enqueue::{indexes, is_not_own};
 use super::{Claimed, Place, Token, change_and_tell, move_and_tell, new_token, on_named, on_table, table};
 use crate::core::job::{self, State};
-use crate::pg::datum::{JsonbText, Text};
-use crate::pg::report::{Outcome, report};
+use crate::pg::datum::{JsonbText, Str, Text};
+use crate::pg::report::{Outcome, internal, report};
 use crate::pg::transaction::{Failure, by_hashing, by_places};
-use crate::pg::wake;
+use crate::pg::{direct, wake, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 
@@ -101,6 +102,76 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
 /// work. False when one of them is not as it was, so that the transaction must not be committed.
 pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithTimeZone) -> Outcome<bool> {
     let Some((first, _)) = jobs.first() else { return Ok(true) };
+    let moved = match move_directly(first.place, jobs, began)? {
+        Some(moved) => moved,
+        None => move_by_sql(first.place, jobs, began)?,
+    };
+    wake::ended(&jobs.iter().map(|(job, _)| job.id).collect::<Vec<_>>());
+    Ok(moved)
+}
+
+/// The end of a job that was never `processing`: its result as the payload has it, when it began, and when it ended.
+struct Ending<'a> {
+    payload: Option<&'a str>,
+    began: TimestampWithTimeZone,
+    ended: TimestampWithTimeZone,
+}
+
+/// What stands in a column then.
+type Make = fn(&Ending<'_>) -> Option<pg_sys::Datum>;
+
+/// What changes in a job by its end: the column, its type, what stands there.
+const ENDED_AT_ONCE: [(&str, pg_sys::Oid, Make); 10] = [
+    ("state", pg_sys::VARCHAROID, |ending| Str(State::ended(ending.payload.is_some()).as_str()).into_datum()),
+    ("payload", pg_sys::JSONBOID, |ending| ending.payload.map(|json| JsonbText(json.to_owned())).into_datum()),
+    ("token", pg_sys::TEXTOID, |_| None),
+    ("session", pg_sys::INT8OID, |_| None),
+    ("traceback", pg_sys::TEXTOID, |_| None),
+    ("worker", pg_sys::VARCHAROID, |_| None),
+    ("attempts", pg_sys::INT4OID, |_| 1_i32.into_datum()),
+    ("claimed_at", pg_sys::TIMESTAMPTZOID, |ending| ending.began.into_datum()),
+    ("finished_at", pg_sys::TIMESTAMPTZOID, |ending| ending.ended.into_datum()),
+    // In UTC, which is how PostgreSQL keeps what has a time zone.
+    ("write_date", pg_sys::TIMESTAMPOID, |ending| ending.ended.into_datum()),
+];
+
+/// What makes the columns of an open table that change, None where what stands there stays. None for a table that is not as it was
+/// made.
+fn layout(table: &direct::Table) -> Option<Vec<Option<Make>>> {
+    if table.triggers().any(|(name, _)| is_not_own(name)) {
+        return None;
+    }
+    let make = |column: direct::Column<'_>| {
+        let change = ENDED_AT_ONCE.iter().find(|(name, ..)| name.as_bytes() == column.name && !column.is_dropped);
+        let Some((_, of, make)) = change else { return Some(None) };
+        (column.type_oid == *of && !column.has_modifier).then_some(Some(*make))
+    };
+    let layout: Vec<Option<Make>> = table.columns().map(make).collect::<Option<_>>()?;
+    (layout.iter().flatten().count() == ENDED_AT_ONCE.len()).then_some(layout)
+}
+
+/// The short way (`direct`); None where the long one must be gone.
+fn move_directly(
+    place: pg_sys::Oid,
+    jobs: &[(&Locked, Option<String>)],
+    began: TimestampWithTimeZone,
+) -> Outcome<Option<bool>> {
+    let table = table()?;
+    let places: Vec<pg_sys::ItemPointerData> = jobs.iter().map(|(job, _)| job.row).collect();
+    let ended = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
+    let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
+    let value = |layout: &Vec<Option<Make>>, row: usize, column: usize| {
+        let payload = payloads.get(row).and_then(Option::as_deref);
+        match layout.get(column).copied().flatten() {
+            Some(make) => direct::Value::Other(make(&Ending { payload, began, ended })),
+            None => direct::Value::Same,
+        }
+    };
+    direct::relocate([place, table.relid], indexes(&table), layout, &places, value)
+}
+
+/// The long way.
+fn move_by_sql(place: pg_sys::Oid, jobs: &[(&Locked, Option<String>)], began: TimestampWithTimeZone) -> Outcome<bool> {
     let [_, session, traceback, finished_at, write_date] = ENDED;
     let attempts = [("attempts", "1"), ("claimed_at", "$4"), ("worker", "NULL")];
     let changes =
@@ -112,9 +183,8 @@ pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithT
     let places: Vec<pg_sys::ItemPointerData> = jobs.iter().map(|(job, _)| job.row).collect();
     let ids: Vec<i64> = jobs.iter().map(|(job, _)| job.id).collect();
     let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
-    let args = [places.into(), ids.clone().into(), payloads.into(), began.into()];
-    let changed = by_places(|| end(&Place::of(first.place)?, condition, given, &changes, &args))?;
-    wake::ended(&ids);
+    let args = [places.into(), ids.into(), payloads.into(), began.into()];
+    let changed = by_places(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
     Ok(changed == jobs.len())
 }
 

@@ -215,14 +215,10 @@ fn with_rows<T>(table: &Table, jobs: &[New], mut work: impl FnMut(&Row<'_>) -> O
 
 /// Puts jobs in the short way (`direct`), into the table that fills: their ids; None where the long way must be gone.
 fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
-    // Made by the bootstrap superuser, as everything of a trusted extension; somebody may have given it away.
-    // SAFETY: a cache look-up inside a transaction.
-    let is_superusers = unsafe { pg_sys::superuser_arg(table.owner) };
-    let indexes = if is_superusers { Indexes::Superusers } else { Indexes::Anybodys };
     let Some(relid) = filling(table) else { return Ok(None) };
     direct::with(
         relid,
-        indexes,
+        indexes(table),
         |found| layout(relid, found),
         |rows, layout| {
             with_rows(table, jobs, |row| {
@@ -233,13 +229,20 @@ fn put_in(table: &Table, jobs: &[New]) -> Outcome<Option<Vec<i64>>> {
     )
 }
 
+/// Whose indexes imbus's tables of jobs have: made by the bootstrap superuser, as everything of a trusted extension; somebody may
+/// have given them away.
+pub(super) fn indexes(table: &Table) -> Indexes {
+    // SAFETY: a cache look-up inside a transaction.
+    if unsafe { pg_sys::superuser_arg(table.owner) } { Indexes::Superusers } else { Indexes::Anybodys }
+}
+
 /// The table that fills; None where a new job is to be put into `ir_async` itself, since somebody's trigger fires there.
 pub(super) fn filling(table: &Table) -> Option<pg_sys::Oid> {
     rotation::filling(table).filter(|_| !direct::fires(table.relid, is_not_own))
 }
 
 /// Whether a trigger of this name is another than the table's own.
-fn is_not_own(trigger: &[u8]) -> bool {
+pub(super) fn is_not_own(trigger: &[u8]) -> bool {
     trigger != b"ir_async_inserted"
 }
 
