@@ -509,3 +509,45 @@ fn what_a_job_was_enqueued_with_is_there_when_it_has_ended_and_triggers_of_an_ad
     assert_eq!(number(&mut sql, kept), 1200);
     assert_eq!(number(&mut sql, "SELECT count(DISTINCT id) FROM come"), 400);
 }
+
+#[test]
+fn short_jobs_keep_nobody_from_counting_those_of_limited_queues() {
+    let cluster = Cluster::start_with(&["imbus.queues = 'few:1'"]);
+    let mut sql = cluster.database("jc_limits");
+    sql.batch_execute(
+        "CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql AS
+             'SELECT NULLIF(count(*), 0) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = ''object''
+                 AND mode = ''ExclusiveLock'' AND classid = ''ir_async''::regclass'",
+    )
+    .unwrap();
+    let queue = "CASE WHEN n % 20 = 0 THEN 'few' ELSE 'many' END AS queue";
+    enqueue(&mut sql, &format!("SELECT 'locks' AS target, {queue} FROM generate_series(1, 400) n"));
+    all_end(&mut sql);
+    assert_eq!(count(&mut sql, "done"), 400);
+    assert!(in_company(&mut sql) > 100);
+}
+
+#[test]
+fn whoever_puts_in_the_id_of_another_roles_job_by_hand_has_it_run_as_himself_or_not_at_all() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_twins");
+    sql.batch_execute(
+        "CREATE ROLE jc_mallory LOGIN; GRANT SELECT, INSERT ON ir_async TO jc_mallory;
+         CREATE TABLE did (who text); GRANT INSERT ON did TO jc_mallory;
+         CREATE FUNCTION evil() RETURNS void LANGUAGE sql AS 'INSERT INTO public.did VALUES (current_user)';
+         CREATE FUNCTION nothing() RETURNS void LANGUAGE sql AS ''",
+    )
+    .unwrap();
+    let mut mallory = cluster.connect_as("jc_twins", "jc_mallory");
+    let next = number(&mut sql, "SELECT nextval('ir_async_id_seq')");
+    let by_hand = "INSERT INTO ir_async (id, method, role, run_at) SELECT $1::bigint + n, 'evil()', 0, w
+                     FROM generate_series(20, 180, 40) n, (VALUES ('infinity'::timestamptz)) v (w)";
+    mallory.execute(by_hand, &[&next]).unwrap();
+    enqueue(&mut sql, "SELECT 'nothing' AS target FROM generate_series(1, 200)");
+    eventually("all others have ended", || {
+        number(&mut sql, "SELECT count(*) FROM ir_async WHERE finished_at IS NULL AND method <> 'evil()'") == 0
+    });
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM did"), 0);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM ir_async WHERE method = 'evil()' AND state = 'created'"), 5);
+    assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (195, 5));
+}

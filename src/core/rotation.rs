@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// A table of this size in bytes is left alone: to change tables costs more than its dead rows do.
 const SIZE_MIN: u64 = 16 << 20;
 /// Of the jobs that live in a table so many have ended when it is looked at again, at least.
-const LEAST: f64 = 0.1;
+const LEAST: f64 = 0.25;
 /// How long what waits in a table that is left is given to be run there, before it is moved.
 const GRACE: Duration = Duration::from_secs(3);
 /// How soon a table is tried again that somebody has locked, or that has a job in it whose runner must find it there; twice as
@@ -234,9 +234,9 @@ mod tests {
         assert!(rotation.notice(20_000_000, 570));
         // Others have come: not after each of the few that are missing.
         assert_eq!(rotation.look(Measure { size: 20_000_000, live: 10_020_000, jobs: 501, ended: 570 }, now), None);
-        assert!(!rotation.notice(20_000_000, 620));
-        assert!(rotation.notice(20_000_000, 621));
-        assert_eq!(rotation.look(Measure { size: 20_000_000, live: 9_000_000, jobs: 450, ended: 621 }, now), Some(1));
+        assert!(!rotation.notice(20_000_000, 695));
+        assert!(rotation.notice(20_000_000, 696));
+        assert_eq!(rotation.look(Measure { size: 20_000_000, live: 7_500_000, jobs: 375, ended: 696 }, now), Some(1));
         assert!(!rotation.notice(SIZE_MIN - 1, 10_000));
     }
 

@@ -41,13 +41,15 @@ pub fn request() {
 
 fn open() -> std::io::Result<&'static Memory> {
     let size = size_of::<Memory>();
-    let mut file =
-        std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(FILE)?;
-    if file.metadata()?.len() != size as u64 {
-        // Written, so that it has all its blocks: a disk that is full is an error here, not a signal later.
-        file.set_len(0)?;
+    if std::fs::metadata(FILE).map_or(0, |found| found.len()) != size as u64 {
+        // Another file, since somebody may have the old one in memory; with all its blocks: a disk that is full is an error here, not a
+        // signal later.
+        let new = format!("{FILE}.new");
+        let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(&vec![0; size])?;
+        std::fs::rename(new, FILE)?;
     }
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(FILE)?;
     // SAFETY: a file of this size, mapped for the life of the process and shared with its children. Whatever bytes it has are a valid
     // `Memory`, which is used through atomics only.
     unsafe {
@@ -117,6 +119,17 @@ pub fn of(database: u32) -> Vec<i64> {
     let dead = MEMORY.get().map_or(&[][..], |memory| &memory.dead);
     let job = |entry: &Entry| entry.job.load(Ordering::Acquire);
     dead.iter().filter(|entry| job(entry) != 0 && entry.database.load(Ordering::Acquire) == database).map(job).collect()
+}
+
+/// Forgets those of databases that are gone.
+pub fn forget(is_gone: impl Fn(u32) -> bool) {
+    let dead = MEMORY.get().map_or(&[][..], |memory| &memory.dead);
+    for entry in dead.iter().filter(|entry| entry.job.load(Ordering::Acquire) != 0) {
+        let database = entry.database.load(Ordering::Acquire);
+        if is_gone(database) {
+            settle(database, entry.job.load(Ordering::Acquire));
+        }
+    }
 }
 
 /// That one of these is counted. One that has died twice is counted twice.

@@ -111,15 +111,18 @@ pub enum Value {
 }
 
 /// Moves rows that this transaction has locked into another table, which has the same columns and which `fits`. `value` tells what
-/// stands in a column (counted from 0) of a row (counted so among `places`) from now on. False when a row is not as it was, so
-/// that the transaction must not be committed; None where the long way must be gone. Errors: as `with`.
+/// stands in a column (counted from 0) of a row (counted so among `places`, which have their ids) from now on. False when a row is
+/// not as it was, so that the transaction must not be committed; None where the long way must be gone. Errors: as `with`.
 pub fn relocate<F>(
     [from, to]: [pg_sys::Oid; 2],
     indexes: Indexes,
     fits: impl FnOnce(&Table) -> Option<F>,
-    places: &[pg_sys::ItemPointerData],
+    places: &[(pg_sys::ItemPointerData, i64)],
     mut value: impl FnMut(&F, usize, usize) -> Value,
 ) -> Outcome<Option<bool>> {
+    if from == to {
+        return Ok(None);
+    }
     // SAFETY: as in `with`. The slot is dropped before its table is closed.
     unsafe {
         let from = Table(pg_sys::table_open(from, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE));
@@ -131,15 +134,19 @@ pub fn relocate<F>(
             is_plain && from.columns().count() == to.columns().count() && from.columns().zip(to.columns()).all(alike)
         };
         let fits = |to: &Table| is_like_it(to).then(|| fits(to)).flatten();
-        let moved = with(to, indexes, fits, |rows, found| {
+        let id = from.columns().position(|column| column.name == b"id" && column.type_oid == pg_sys::INT8OID);
+        let fits = |to: &Table| id.zip(fits(to));
+        let moved = with(to, indexes, fits, |rows, (id, found)| {
             let slot = pg_sys::table_slot_create(from.0, std::ptr::null_mut());
             let mut are_there = true;
-            for (row, place) in places.iter().enumerate() {
+            for (row, (place, expected)) in places.iter().enumerate() {
                 are_there = ffi::fetch(from.0, *place, slot);
+                let (values, nulls) = ((*slot).tts_values, (*slot).tts_isnull);
+                // Whoever rewrites the table puts another row there.
+                are_there = are_there && (*values.add(id)).value() as i64 == *expected;
                 if !are_there {
                     break;
                 }
-                let (values, nulls) = ((*slot).tts_values, (*slot).tts_isnull);
                 rows.put(|column| match value(&found, row, column) {
                     Value::Same => (!*nulls.add(column)).then(|| *values.add(column)),
                     Value::Other(datum) => datum,

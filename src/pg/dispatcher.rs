@@ -134,7 +134,7 @@ impl Dispatcher {
                 // Who waits for an end does not wait for the next look.
                 began = Instant::now();
             }
-            let waiting = waiting();
+            let waiting = self.waiting();
             took = began.elapsed();
             waiting
         });
@@ -231,6 +231,42 @@ impl Dispatcher {
         }
         self.look_by(self.next_round);
         Ok(())
+    }
+
+    /// Looks at the lanes. What runners have locked seems to wait.
+    fn waiting(&self) -> super::report::Outcome<Waiting> {
+        let mut held: HashMap<u32, i64> = HashMap::new();
+        for (_, slot) in self.mine() {
+            *held.entry(slot.role.load(Ordering::Acquire)).or_default() += i64::from(slot.holds.load(Ordering::SeqCst));
+        }
+        let lanes = jobs::lanes(None)?;
+        let room = Room::now()?;
+        let next_start = job::next_start(&lanes);
+        let is_open = |lane: &Lane| lane.is_due() && room.of(&lane.queue) != Some(0);
+        let is_limited = !lanes.is_empty() && !guc::queues().is_empty();
+        let (odoo, functions): (Vec<Lane>, Vec<Lane>) =
+            lanes.into_iter().filter(is_open).partition(|lane| lane.is_odoo);
+        let most = i64::try_from(guc::job_workers()).unwrap_or(1);
+        let mut roles: Vec<Wanting> = Vec::new();
+        for lane in &functions {
+            let count = match room.of(&lane.queue) {
+                Some(room) => jobs::count_due(lane, i64::try_from(room).unwrap_or(most).min(most))?,
+                None => {
+                    let held = held.entry(lane.role).or_default();
+                    let due = jobs::count_due(lane, most + *held)?;
+                    let count = (due - *held).max(0);
+                    *held = (*held - due).max(0);
+                    count.min(most)
+                }
+            };
+            match roles.iter_mut().find(|other| other.role == lane.role) {
+                Some(other) => other.count += count,
+                None => roles.push(Wanting { role: lane.role, count, priority: lane.priority }),
+            }
+        }
+        // Whoever holds the others looks again.
+        roles.retain(|role| role.count > 0);
+        Ok(Waiting { roles, odoo, next_start, is_limited })
     }
 
     fn mine(&self) -> impl Iterator<Item = (usize, &'static RunnerSlot)> {
@@ -360,6 +396,7 @@ impl Dispatcher {
                 casualties::add(self.database, id);
             }
             let wanted_by = slot.leave.load(Ordering::Acquire);
+            casualties::at_rest(index);
             slot.free();
             if wanted_by != 0 && wanted_by != self.database {
                 self.shared.wake_jobs(wanted_by);
@@ -375,7 +412,10 @@ impl Dispatcher {
             match transaction::run(|| jobs::died_unclaimed(id)) {
                 Ok(true) => casualties::settle(self.database, id),
                 Ok(false) => self.look_by(Instant::now() + NO_PLACE),
-                Err(failure) => pgrx::warning!("imbus could not count the death of a runner in job {id}: {failure}"),
+                Err(failure) => {
+                    casualties::settle(self.database, id);
+                    pgrx::warning!("imbus could not count the death of a runner in job {id}: {failure}");
+                }
             }
         }
     }
@@ -421,27 +461,6 @@ struct Waiting {
     odoo: Vec<Lane>,
     next_start: Option<f64>,
     is_limited: bool,
-}
-
-/// Looks at the lanes.
-fn waiting() -> super::report::Outcome<Waiting> {
-    let lanes = jobs::lanes(None)?;
-    let room = Room::now()?;
-    let next_start = job::next_start(&lanes);
-    let is_open = |lane: &Lane| lane.is_due() && room.of(&lane.queue) != Some(0);
-    let is_limited = !lanes.is_empty() && !guc::queues().is_empty();
-    let (odoo, functions): (Vec<Lane>, Vec<Lane>) = lanes.into_iter().filter(is_open).partition(|lane| lane.is_odoo);
-    let most = i64::try_from(guc::job_workers()).unwrap_or(1);
-    let mut roles: Vec<Wanting> = Vec::new();
-    for lane in &functions {
-        let open = room.of(&lane.queue).and_then(|room| i64::try_from(room).ok()).unwrap_or(most).min(most);
-        let count = jobs::count_due(lane, open)?;
-        match roles.iter_mut().find(|other| other.role == lane.role) {
-            Some(other) => other.count += count,
-            None => roles.push(Wanting { role: lane.role, count, priority: lane.priority }),
-        }
-    }
-    Ok(Waiting { roles, odoo, next_start, is_limited })
 }
 
 /// Claims the first job for a function of a role.

@@ -5,7 +5,7 @@ use super::launch::{self, Handle, Launch};
 use super::shared::{self, DatabaseSlot, DatabaseState, RunnerState, Shared};
 use super::transaction::{self, safely};
 use super::worker::{self, Waiting};
-use super::{guc, listen, sql};
+use super::{casualties, guc, listen, sql};
 use crate::core::link::SOCKET_PATH;
 use crate::core::payload;
 use crate::core::settings::Database;
@@ -291,12 +291,14 @@ impl Gateway {
     /// Frees the places of runners whose database is gone, or has lost the extension: no database worker comes back to
     /// look after them.
     fn tidy_runners(&self, present: &HashSet<u32>) {
-        for (_, slot) in self.shared.runners().filter(|(_, slot)| slot.state() == RunnerState::Exited) {
-            let database = slot.database.load(Ordering::Acquire);
-            if !present.contains(&database) || self.absent.contains(&database) {
+        let is_gone = |database: u32| !present.contains(&database) || self.absent.contains(&database);
+        for (place, slot) in self.shared.runners().filter(|(_, slot)| slot.state() == RunnerState::Exited) {
+            if is_gone(slot.database.load(Ordering::Acquire)) {
+                casualties::at_rest(place);
                 slot.free();
             }
         }
+        casualties::forget(is_gone);
     }
 
     /// Sees to it that a database has its worker, or is known to need none. False when no place could be had.

@@ -13,7 +13,7 @@ mod rotation;
 
 pub use claims::{
     Asked, Locked, Mark, Room, Work, company, count_due, lanes, left, lock_again, lock_first, lock_limits,
-    lock_offered, processing, read, release, release_after, take,
+    lock_offered, processing, read, release, release_after, take, unlock_limits,
 };
 pub use control::{cancel, complete, retry, status};
 pub use endings::{

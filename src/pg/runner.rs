@@ -135,13 +135,14 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Turn>
             return None;
         }
         slot.is_waiting.store(true, Ordering::SeqCst);
+        claims.lingers = true;
         // What was enqueued before that woke somebody else, or nobody; or was offered by somebody who was slow to say it.
         if let Some(turn) = claims.next() {
-            wait_no_more(slot, database, false);
+            came(slot, database, claims, false);
             return Some(turn);
         }
         if let Some(turn) = claims.offered() {
-            wait_no_more(slot, database, true);
+            came(slot, database, claims, true);
             return Some(turn);
         }
         worker::report_activity(None);
@@ -151,7 +152,7 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Turn>
         }
         let was_offered = slot.offer.load(Ordering::SeqCst) != 0;
         if let Some(turn) = claims.offered() {
-            wait_no_more(slot, database, true);
+            came(slot, database, claims, true);
             return Some(turn);
         }
         if !was_offered && !slot.is_waiting.load(Ordering::SeqCst) {
@@ -160,12 +161,26 @@ fn linger(slot: &RunnerSlot, database: u32, claims: &mut Claims) -> Option<Turn>
     }
 }
 
+/// It waits no more, if it has not said so before it ran the job that has come.
+fn came(slot: &RunnerSlot, database: u32, claims: &mut Claims, is_offered: bool) {
+    if std::mem::take(&mut claims.lingers) {
+        wait_no_more(slot, database, is_offered);
+    }
+}
+
 /// Has the database's worker look, should the runner have been woken for another job than the one it has: `is_offered` where
 /// it has the one that it was offered.
 fn wait_no_more(slot: &RunnerSlot, database: u32, is_offered: bool) {
     let was_woken = !slot.is_waiting.swap(false, Ordering::SeqCst);
     let has_another = slot.offer.swap(0, Ordering::SeqCst) != 0 || was_woken && !is_offered;
-    if let Some(shared) = shared::get().filter(|_| has_another) {
+    if has_another {
+        tell_others(database);
+    }
+}
+
+/// There are jobs that nobody may know of.
+fn tell_others(database: u32) {
+    if let Some(shared) = shared::get() {
         shared.database(database).into_iter().for_each(|slot| slot.add_news());
         shared.wake_jobs(database);
     }

@@ -102,6 +102,14 @@ pub fn lock_limits() -> Outcome<bool> {
     Ok(guc::queues().is_empty() || ffi::lock_object(table()?.relid, COUNTING, pg_sys::ExclusiveLock, false))
 }
 
+/// Who claims jobs that are not counted keeps nobody from counting any more.
+pub fn unlock_limits() -> Outcome<()> {
+    if !guc::queues().is_empty() {
+        ffi::unlock_object(table()?.relid, COUNTING, pg_sys::ExclusiveLock);
+    }
+    Ok(())
+}
+
 /// How many more jobs of the queue may be processed, at most `wanted`; the limits are locked.
 pub fn room(queue: &str, wanted: i64) -> Outcome<i64> {
     let Some(limit) = guc::queues().of(queue).filter(|limit| *limit > 0) else { return Ok(wanted) };
@@ -252,19 +260,23 @@ pub fn lock_offered(id: i64, role: u32, asked: Asked) -> Outcome<Option<Locked>>
     Ok(locked.into_iter().next())
 }
 
-/// Locks these jobs, as far as they wait and nobody else has locked them, in the order in which they are given.
-pub fn lock_again(ids: &[i64]) -> Outcome<Vec<Locked>> {
-    let text = "SELECT COLUMNS FROM TABLE c WHERE c.id = ANY($1) AND COALESCE(c.state = 'created' AND c.ready, false)
-                   FOR UPDATE OF c SKIP LOCKED";
+/// Locks these jobs for functions, as far as they wait, are due, and nobody else has locked them, in the order in which they are
+/// given. Of `role`, if that is known: somebody may have put in another job with such an id by hand, which is his own.
+pub fn lock_again(ids: &[i64], role: Option<u32>) -> Outcome<Vec<Locked>> {
+    let text = "SELECT COLUMNS FROM TABLE c
+                 WHERE c.id = ANY($1) AND COALESCE(c.state = 'created' AND c.ready, false) AND c.res_model IS NULL
+                   AND ($2 IS NULL OR c.role = $2) AND c.run_at <= pg_catalog.clock_timestamp() FOR UPDATE OF c SKIP LOCKED";
     let names = [("COLUMNS", &*Asked::Place.columns())];
-    let mut locked = on_named(text, &names, &[ids.to_vec().into()], |row| Locked::read(row, Asked::Place))?;
+    let args = [ids.to_vec().into(), role.map(pg_sys::Oid::from).into()];
+    let mut locked = on_named(text, &names, &args, |row| Locked::read(row, Asked::Place))?;
     locked.sort_unstable_by_key(|job| ids.iter().position(|id| *id == job.id));
     Ok(locked)
 }
 
-/// Whether a job waits to be claimed.
+/// Whether a job waits to be claimed, and is due.
 pub fn waits(id: i64) -> Outcome<bool> {
-    let text = "SELECT true FROM TABLE c WHERE c.id = $1 AND COALESCE(c.state = 'created' AND c.ready, false)";
+    let text = "SELECT true FROM TABLE c WHERE c.id = $1 AND COALESCE(c.state = 'created' AND c.ready, false)
+                   AND c.run_at <= pg_catalog.clock_timestamp()";
     Ok(!on_table(text, &[id.into()], |_| Ok(()))?.is_empty())
 }
 

@@ -157,7 +157,7 @@ fn move_directly(
     began: TimestampWithTimeZone,
 ) -> Outcome<Option<bool>> {
     let table = table()?;
-    let places: Vec<pg_sys::ItemPointerData> = jobs.iter().map(|(job, _)| job.row).collect();
+    let places: Vec<(pg_sys::ItemPointerData, i64)> = jobs.iter().map(|(job, _)| (job.row, job.id)).collect();
     let ended = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
     let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
     let value = |layout: &Vec<Option<Make>>, row: usize, column: usize| {
@@ -271,7 +271,7 @@ pub(super) fn fail_at(place: &Place, claimed: &Claimed, failed: &Failed) -> Outc
 
 /// Records the death of a runner in a job that it had locked and not claimed. False when somebody has locked it again.
 pub fn died_unclaimed(id: i64) -> Outcome<bool> {
-    let locked = lock_again(&[id])?;
+    let locked = lock_again(&[id], None)?;
     let Some(job) = locked.first() else { return Ok(!waits(id)?) };
     let token = new_token()?;
     take(&[job], &token, None)?;

@@ -9,6 +9,7 @@ use crate::pg::report::Outcome;
 use crate::pg::session;
 use crate::pg::shared::{self, DatabaseSlot, RunnerSlot, Shared};
 use crate::pg::transaction;
+use crate::pg::wake;
 use crate::pg::{casualties, guc};
 use pgrx::pg_sys;
 use std::sync::atomic::Ordering;
@@ -107,6 +108,8 @@ pub struct Claims {
     is_kept_off: bool,
     /// The jobs of the queue that it has found are counted.
     is_counted: bool,
+    /// It is said to wait for a job.
+    pub lingers: bool,
     began: Instant,
 }
 
@@ -127,6 +130,7 @@ impl Claims {
             is_warm: false,
             is_kept_off: false,
             is_counted: false,
+            lingers: false,
             began: Instant::now(),
         }
     }
@@ -199,7 +203,7 @@ impl Claims {
         shared::get().and_then(|shared| shared.database(database)).map(DatabaseSlot::news)
     }
 
-    /// Claims the first of the jobs that `find` has locked, or runs them; `is_next`: where it goes on then.
+    /// Claims the first of the jobs that `find` has locked, or runs and ends them; `is_next`: where it goes on then.
     fn run(&mut self, find: impl FnOnce(&mut Claims) -> Outcome<Vec<Locked>>, is_next: bool) -> Option<Turn> {
         let mut done = None;
         let claimed = transaction::run(|| {
@@ -212,10 +216,19 @@ impl Claims {
                 self.say(company.last());
             }
             let (batch, count) = if self.goes_at_once(company) {
+                jobs::unlock_limits()?;
+                if std::mem::take(&mut self.lingers) {
+                    // Nobody is to count on it while it runs them.
+                    super::wait_no_more(self.slot, self.slot.database.load(Ordering::Acquire), !is_next);
+                }
                 let done = done.insert(Done::new(company));
                 done.run(self.slot, self.place, company)?;
                 if done.shared.begun < company.len() || !session::can_go_on() {
                     self.pace.cut_short(done.shared.begun);
+                }
+                if done.shared.begun < locked.len() {
+                    // Those who found them locked look again.
+                    wake::enqueued();
                 }
                 (None, done.shared.begun)
             } else {
@@ -232,12 +245,15 @@ impl Claims {
             Ok(batch)
         });
         if let Some(done) = &mut done {
-            done.end(self.place, &claimed);
+            done.end(self.slot, self.place, &claimed);
         }
         session::be_unstoppable();
         if claimed.is_err() {
             self.forget();
             (self.has_looked, self.is_kept_off) = (false, false);
+            if done.is_some() {
+                super::tell_others(self.slot.database.load(Ordering::Acquire));
+            }
         }
         match (done, claimed) {
             (Some(done), _) => Some(Turn::Done(done)),

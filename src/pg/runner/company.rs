@@ -11,7 +11,7 @@ use crate::pg::report::{Outcome, internal};
 use crate::pg::session;
 use crate::pg::shared::RunnerSlot;
 use crate::pg::transaction::{self, Failure};
-use crate::pg::{wake, worker};
+use crate::pg::worker;
 use pgrx::datum::TimestampWithTimeZone;
 use pgrx::pg_sys;
 use std::sync::atomic::Ordering;
@@ -110,6 +110,7 @@ impl Done {
         let now = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
         let database = slot.database.load(Ordering::Acquire);
         slot.set_job(0, None);
+        slot.holds.store(u32::try_from(jobs.len()).unwrap_or(u32::MAX), Ordering::SeqCst);
         let begin = |id| {
             slot.begin(id);
             casualties::at_work(place, database, id);
@@ -128,10 +129,6 @@ impl Done {
             }
             if are_as_they_were { Ok(()) } else { Err(internal("a job in company has changed")) }
         })?;
-        if shared.slow.is_some() {
-            // Others need not wait for it.
-            wake::enqueued();
-        }
         let again = shared.failed.iter().chain(&shared.slow).map(|at| job(*at)).collect::<Outcome<Vec<_>>>()?;
         if !again.is_empty() {
             self.claimed = Some(Batch::claim(slot, &again)?);
@@ -141,8 +138,9 @@ impl Done {
     }
 
     /// After the transaction.
-    pub fn end<T>(&mut self, place: usize, outcome: &Result<T, Failure>) {
+    pub fn end<T>(&mut self, slot: &RunnerSlot, place: usize, outcome: &Result<T, Failure>) {
         self.shared.end(outcome);
+        slot.holds.store(0, Ordering::SeqCst);
         casualties::at_rest(place);
         if outcome.is_err() {
             self.claimed = None;
@@ -250,7 +248,7 @@ fn run_again(slot: &RunnerSlot, mut ids: Vec<i64>) {
 /// Claims the first of these jobs that may be claimed together; None when there are none any more.
 fn claim_again(slot: &RunnerSlot, ids: &[i64]) -> Option<Batch> {
     let claimed = transaction::run(|| {
-        let locked = jobs::lock_again(ids)?;
+        let locked = jobs::lock_again(ids, Some(slot.role.load(Ordering::Acquire)))?;
         let company: Vec<&Locked> = jobs::company(&locked).iter().collect();
         if company.is_empty() { Ok(None) } else { Batch::claim(slot, &company).map(Some) }
     });

@@ -48,6 +48,8 @@ pub struct RunnerSlot {
     pub leave: AtomicU32,
     /// These jobs come before its own: it does not finish its term.
     pub leave_at_once: AtomicBool,
+    /// How many jobs it has locked that are not claimed: they seem to wait.
+    pub holds: AtomicU32,
     /// What it has claimed last of a lane. Odd while it is written.
     version: AtomicU64,
     lane: AtomicU64,
@@ -73,6 +75,7 @@ impl Default for RunnerSlot {
             offer: AtomicI64::new(0),
             leave: AtomicU32::new(0),
             leave_at_once: AtomicBool::new(false),
+            holds: AtomicU32::new(0),
             version: AtomicU64::new(0),
             lane: AtomicU64::new(0),
             span: [const { AtomicI64::new(0) }; 4],
@@ -190,7 +193,8 @@ impl RunnerSlot {
 
     /// Says what it has claimed of a lane; nobody else does.
     pub fn set_span(&self, span: Span) {
-        self.version.fetch_add(1, Ordering::SeqCst);
+        // Whoever had the place before may have died as it wrote.
+        self.version.fetch_or(1, Ordering::SeqCst);
         self.lane.store(span.lane, Ordering::SeqCst);
         for (cell, value) in self.span.iter().zip([span.from.0, span.from.1, span.to.0, span.to.1]) {
             cell.store(value, Ordering::SeqCst);
@@ -222,8 +226,8 @@ impl RunnerSlot {
         let (free, reserved) = (RunnerState::Free as u32, RunnerState::Reserved as u32);
         let taken = self.state.compare_exchange(free, reserved, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if taken {
-            self.version.store(0, Ordering::SeqCst);
             self.set_span(Span::default());
+            self.holds.store(0, Ordering::SeqCst);
             self.clear_job();
             self.set_message("");
             self.process.leave();
