@@ -517,7 +517,7 @@ fn short_jobs_keep_nobody_from_counting_those_of_limited_queues() {
     sql.batch_execute(
         "CREATE FUNCTION locks() RETURNS bigint LANGUAGE sql AS
              'SELECT NULLIF(count(*), 0) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = ''object''
-                 AND mode = ''ExclusiveLock'' AND classid = ''ir_async''::regclass'",
+                 AND mode = ''ExclusiveLock'' AND objid = ''ir_async''::regclass'",
     )
     .unwrap();
     let queue = "CASE WHEN n % 20 = 0 THEN 'few' ELSE 'many' END AS queue";
@@ -529,7 +529,7 @@ fn short_jobs_keep_nobody_from_counting_those_of_limited_queues() {
 
 #[test]
 fn whoever_puts_in_the_id_of_another_roles_job_by_hand_has_it_run_as_himself_or_not_at_all() {
-    let cluster = shared();
+    let cluster = Cluster::start_with(&["imbus.queues = 'out:0'"]);
     let mut sql = cluster.database("jc_twins");
     sql.batch_execute(
         "CREATE ROLE jc_mallory LOGIN; GRANT SELECT, INSERT ON ir_async TO jc_mallory;
@@ -540,8 +540,9 @@ fn whoever_puts_in_the_id_of_another_roles_job_by_hand_has_it_run_as_himself_or_
     .unwrap();
     let mut mallory = cluster.connect_as("jc_twins", "jc_mallory");
     let next = number(&mut sql, "SELECT nextval('ir_async_id_seq')");
-    let by_hand = "INSERT INTO ir_async (id, method, role, run_at) SELECT $1::bigint + n, 'evil()', 0, w
-                     FROM generate_series(20, 180, 40) n, (VALUES ('infinity'::timestamptz)) v (w)";
+    // Where nobody runs it.
+    let by_hand = "INSERT INTO ir_async (id, method, role, queue) SELECT $1::bigint + n, 'evil()', 0, 'out'
+                     FROM generate_series(20, 180, 40) n";
     mallory.execute(by_hand, &[&next]).unwrap();
     enqueue(&mut sql, "SELECT 'nothing' AS target FROM generate_series(1, 200)");
     eventually("all others have ended", || {
