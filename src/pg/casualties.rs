@@ -126,7 +126,8 @@ pub fn forget(is_gone: impl Fn(u32) -> bool) {
     let dead = MEMORY.get().map_or(&[][..], |memory| &memory.dead);
     for entry in dead.iter().filter(|entry| entry.job.load(Ordering::Acquire) != 0) {
         let database = entry.database.load(Ordering::Acquire);
-        if is_gone(database) {
+        // 0: it is just being entered.
+        if database != 0 && is_gone(database) {
             settle(database, entry.job.load(Ordering::Acquire));
         }
     }
