@@ -264,8 +264,6 @@ impl Dispatcher {
                 None => roles.push(Wanting { role: lane.role, count, priority: lane.priority }),
             }
         }
-        // Whoever holds the others looks again.
-        roles.retain(|role| role.count > 0);
         Ok(Waiting { roles, odoo, next_start, is_limited })
     }
 
@@ -281,7 +279,8 @@ impl Dispatcher {
         let Some(&Wanting { role, count, .. }) = roles.get(place) else { return };
         // Nobody may have said so: it was restored, prepared, or was not due.
         self.shared.database(self.database).into_iter().for_each(|slot| slot.add_news());
-        let mut left = count;
+        // Whoever holds all of them may have looked again before others were let go.
+        let mut left = count.max(1);
         let of_role = || self.mine().map(|(_, slot)| slot).filter(|slot| slot.role.load(Ordering::Acquire) == role);
         for slot in of_role().filter(|slot| slot.state() == RunnerState::Running) {
             // One that is not waiting has been woken for another job, or is at work.
@@ -289,6 +288,9 @@ impl Dispatcher {
                 slot.process.wake();
                 left -= 1;
             }
+        }
+        if count == 0 {
+            return;
         }
         // They look once they have done the job that they were launched for.
         left -= i64::try_from(of_role().filter(|slot| slot.state() == RunnerState::Reserved).count()).unwrap_or(0);
