@@ -422,7 +422,7 @@ fn with_a_deadly_one(cluster: &Cluster, database: &str, command: &str) -> Client
          CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
          BEGIN
              INSERT INTO effect VALUES (n);
-             IF n = 400 THEN COPY (SELECT) TO PROGRAM '{command}'; PERFORM pg_sleep(60); END IF;
+             IF n = 400 THEN COPY (SELECT) TO PROGRAM 'cat > /dev/null; {command}'; PERFORM pg_sleep(60); END IF;
          END $$"
     ))
     .unwrap();
@@ -439,6 +439,10 @@ fn with_a_deadly_one(cluster: &Cluster, database: &str, command: &str) -> Client
     });
     let mut sql = cluster.connect(database);
     assert_eq!((count(&mut sql, "done"), count(&mut sql, "failed")), (599, 1));
+    let failed = sql
+        .query("SELECT payload #>> '{error,code}', payload::text FROM ir_async WHERE args -> 0 = '400'", &[])
+        .unwrap();
+    assert_eq!(failed[0].get::<_, &str>(0), "runner_died", "{}", failed[0].get::<_, &str>(1));
     assert_eq!(number(&mut sql, "SELECT deaths FROM ir_async WHERE args -> 0 = '400'"), 5);
     assert_eq!(number(&mut sql, "SELECT count(*) FROM effect"), 599);
     assert_eq!(number(&mut sql, "SELECT max(attempts) FROM ir_async"), 1);
