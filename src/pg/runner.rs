@@ -76,10 +76,13 @@ pub extern "C-unwind" fn imbus_runner_main(argument: pg_sys::Datum) {
         }
         let turn = claims.next().or_else(|| linger(slot, database, &mut claims));
         let Some(turn) = turn else { break };
-        let (began, jobs, took) = (Instant::now(), turn.jobs(), turn.took());
+        let (began, jobs, took, is_cut) = (Instant::now(), turn.jobs(), turn.took(), turn.is_cut());
         company::go_on(slot, turn);
         slot.clear_job();
         claims.pace.record(jobs, took + began.elapsed());
+        if is_cut {
+            claims.pace.cut_short(jobs);
+        }
     }
     launch::exit()
 }

@@ -240,10 +240,7 @@ pub fn lock_first(lane: &Lane, most: i64, after: Option<&Mark>, asked: Asked) ->
                  WHERE c.state = 'created' AND c.ready AND c.queue = $1 AND KIND = $2 AND c.role = $3
                    AND c.priority = $4 AND c.run_at <= $5 AND (c.run_at, c.id) > ($6, $7)
                  ORDER BY c.run_at, c.id LIMIT $8 FOR UPDATE OF c SKIP LOCKED";
-    let (run_at, id) = match after {
-        Some(mark) => (mark.run_at, mark.id),
-        None => (time(lane.first)?, i64::MIN),
-    };
+    let Mark { run_at, id } = after.cloned().map_or_else(|| Mark::first(lane), Ok)?;
     let [queue, kind, role, priority] = key(lane);
     let args = [queue, kind, role, priority, time(worker::now())?.into(), run_at.into(), id.into(), most.into()];
     on_named(text, &[("KIND", KIND), ("COLUMNS", &asked.columns())], &args, |row| Locked::read(row, asked))

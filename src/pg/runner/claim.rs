@@ -75,6 +75,11 @@ impl Turn {
         }
     }
 
+    /// Whether no more of them could be done in one go.
+    pub fn is_cut(&self) -> bool {
+        matches!(self, Turn::Done(done) if done.is_cut)
+    }
+
     /// What they have taken so far.
     pub fn took(&self) -> Duration {
         match self {
@@ -223,9 +228,7 @@ impl Claims {
                 }
                 let done = done.insert(Done::new(company));
                 done.run(self.slot, self.place, company)?;
-                if done.shared.begun < company.len() || !session::can_go_on() {
-                    self.pace.cut_short(done.shared.begun);
-                }
+                done.is_cut = done.shared.begun < company.len() || !session::can_go_on();
                 if done.shared.begun < locked.len() {
                     // Those who found them locked look again.
                     wake::enqueued();

@@ -26,7 +26,7 @@ const EXCLUSION_VIOLATION: &str = "23P01";
 
 /// What has become of jobs that share a transaction, by their places among them.
 #[derive(Default)]
-pub struct Shared {
+pub struct Together {
     /// So many were begun.
     pub begun: usize,
     results: Vec<(usize, Option<String>)>,
@@ -39,7 +39,7 @@ pub struct Shared {
     pub took: Duration,
 }
 
-impl Shared {
+impl Together {
     /// Calls the functions of jobs, one after another, until their time is over.
     fn call<'a>(&mut self, works: impl Iterator<Item = &'a Work>, begin: impl Fn(i64)) {
         session::be_stoppable();
@@ -92,7 +92,9 @@ fn is_its_own(failure: &Failure) -> bool {
 
 /// Jobs that were locked, and run as far as that went.
 pub struct Done {
-    pub shared: Shared,
+    /// No more could be done in one go.
+    pub is_cut: bool,
+    pub shared: Together,
     ids: Vec<i64>,
     /// Claimed, to be run alone.
     claimed: Option<Batch>,
@@ -101,7 +103,7 @@ pub struct Done {
 impl Done {
     /// Nothing was done yet of jobs that this transaction has locked.
     pub fn new(jobs: &[Locked]) -> Done {
-        Done { shared: Shared::default(), ids: jobs.iter().map(|job| job.id).collect(), claimed: None }
+        Done { is_cut: false, shared: Together::default(), ids: jobs.iter().map(|job| job.id).collect(), claimed: None }
     }
 
     /// Runs and ends them; `place` is the runner's. Errors: whatever the ends raise, after which the transaction must be rolled back.
@@ -206,8 +208,8 @@ fn give_back(token: &Token, but: i64) {
 }
 
 /// Runs claimed jobs in one transaction, as far as their time goes.
-fn run_together(slot: &RunnerSlot, token: &Token, place: pg_sys::Oid, works: &[Work]) -> Shared {
-    let mut shared = Shared::default();
+fn run_together(slot: &RunnerSlot, token: &Token, place: pg_sys::Oid, works: &[Work]) -> Together {
+    let mut shared = Together::default();
     let outcome = transaction::run(|| {
         shared.call(works.iter(), |id| slot.begin(id));
         let id = |at: usize| works.get(at).map_or(0, |work| work.id);
