@@ -14,6 +14,7 @@ from contextvars import ContextVar
 
 import psycopg2
 from psycopg2 import errors
+from psycopg2.extensions import ISOLATION_LEVEL_REPEATABLE_READ
 
 from odoo import api, fields, http, sql_db
 from odoo.addons.web.controllers.utils import clean_action
@@ -47,6 +48,11 @@ BEGIN_JOB = """
     SELECT b.model, b.res_ids, b.target, b.args, b.kwargs, b.user_id, b.context, b.su,
            (SELECT u.active FROM res_users u WHERE u.id = b.user_id), b.following
       FROM ir_async_begin(%s, %s) b"""
+
+# DISCARD ALL as a part of a transaction, but for DISCARD PLANS, and psycopg2's own setting.
+CLEAN = """
+    CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; SET datestyle TO 'ISO'; DEALLOCATE ALL; UNLISTEN *;
+    SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES;"""
 
 
 class JobLost(Exception):
@@ -178,25 +184,72 @@ def run(dbname, job_id, token):
     if 'ir.async' not in registry:
         raise Unavailable()
     state = None
-    while job_id:
-        job = Job(dbname, job_id, token)
-        try:
-            state = run_job(registry, job)
-        except JobLost:
-            # Whatever the server has not given back yet, it gives back when the call ends.
-            if state is None:
-                raise
-            break
-        job_id = job.following
+    with Session(registry) as session:
+        while job_id:
+            job = Job(dbname, job_id, token)
+            try:
+                state = run_job(registry, session, job)
+            except JobLost:
+                # Whatever the server has not given back yet, it gives back when the call ends.
+                if state is None:
+                    raise
+                break
+            job_id = job.following
     return state
 
 
-def run_job(registry, job):
+class Session:
+    """A session of the database for jobs that are run one after another. Each finds it as a request finds that which it
+    borrows, but for the plans that the server has made: to throw them away, as the pool does, costs more than a short job."""
+
+    def __init__(self, registry):
+        self.registry = registry
+        self.cr = None
+        self.is_used = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_failure):
+        self.close()
+
+    def close(self):
+        if self.cr is not None:
+            self.cr.close()
+        self.cr, self.is_used = None, False
+
+    @contextlib.contextmanager
+    def cursor(self):
+        """A cursor, and what a job has to say first in its transaction. What is not committed is undone."""
+        if self.cr is not None and self.cr.closed:
+            self.close()
+        if self.cr is None:
+            self.cr = self.registry.cursor()
+        try:
+            yield self.cr, CLEAN if self.is_used else ''
+            self._clean()
+        except BaseException:
+            self.close()
+            raise
+
+    def _clean(self):
+        """Forgets a job that has gone well."""
+        if type(self.cr) is not sql_db.Cursor or self.cr.closed:
+            # A test's knows of its transaction more than is to be forgotten.
+            return self.close()
+        self.cr.commit()
+        self.cr.cache.clear()
+        self.cr.transaction = None
+        self.cr.connection.set_session(ISOLATION_LEVEL_REPEATABLE_READ, readonly=False, autocommit=False)
+        self.is_used = True
+
+
+def run_job(registry, session, job):
     """Runs a job and settles it; returns its new state. Raises JobLost."""
     with background(job):
         try:
-            with registry.cursor() as cr:
-                return work(cr, job)
+            with session.cursor() as (cr, clean):
+                return work(cr, clean, job)
         except JobLost:
             raise
         except (errors.ObjectNotInPrerequisiteState, errors.SerializationFailure) as error:
@@ -208,13 +261,13 @@ def run_job(registry, job):
         return fail(registry, job, failure)
 
 
-def work(cr, job):
-    """Calls the method and finishes the job in one transaction, retried as a request is."""
+def work(cr, clean, job):
+    """Calls the method and finishes the job in one transaction, which begins with `clean`, and is retried as a request is."""
     env = api.Environment(cr, api.SUPERUSER_ID, {})
 
     def attempt():
         # Again at each try: a job taken away meanwhile is not run once more.
-        env.cr.execute(BEGIN_JOB, (job.id, job.token))
+        env.cr.execute(clean + BEGIN_JOB, (job.id, job.token))
         row = env.cr.fetchone()
         if row is None:
             raise JobLost()
