@@ -49,7 +49,7 @@ BEGIN_JOB = """
            (SELECT u.active FROM res_users u WHERE u.id = b.user_id), b.following
       FROM ir_async_begin(%s, %s) b"""
 
-# DISCARD ALL as a part of a transaction, but for DISCARD PLANS, and psycopg2's own setting.
+# What Odoo's pool has psycopg2 do before a session is used again (DISCARD ALL, and its own setting), but for DISCARD PLANS.
 CLEAN = """
     CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; SET datestyle TO 'ISO'; DEALLOCATE ALL; UNLISTEN *;
     SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES;"""
@@ -184,7 +184,7 @@ def run(dbname, job_id, token):
     if 'ir.async' not in registry:
         raise Unavailable()
     state = None
-    with Session(registry) as session:
+    with contextlib.closing(Session(registry)) as session:
         while job_id:
             job = Job(dbname, job_id, token)
             try:
@@ -200,44 +200,37 @@ def run(dbname, job_id, token):
 
 class Session:
     """A session of the database for jobs that are run one after another. Each finds it as a request finds that which it
-    borrows, but for the plans that the server has made: to throw them away, as the pool does, costs more than a short job."""
+    borrows, but for the plans that the server has made: to throw them away, as the pool does, takes longer than a short job."""
 
     def __init__(self, registry):
         self.registry = registry
         self.cr = None
         self.is_used = False
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_failure):
-        self.close()
-
     def close(self):
+        """Gives the session back to the pool; what is not committed is undone."""
         if self.cr is not None:
             self.cr.close()
         self.cr, self.is_used = None, False
 
     @contextlib.contextmanager
     def cursor(self):
-        """A cursor, and what a job has to say first in its transaction. What is not committed is undone."""
-        if self.cr is not None and self.cr.closed:
-            self.close()
+        """A cursor for one job, and what is to be said first in its transaction."""
         if self.cr is None:
             self.cr = self.registry.cursor()
         try:
             yield self.cr, CLEAN if self.is_used else ''
-            self._clean()
+            if not self.cr.closed:
+                self.cr.commit()
+            self._forget()
         except BaseException:
             self.close()
             raise
 
-    def _clean(self):
-        """Forgets a job that has gone well."""
+    def _forget(self):
+        """Leaves nothing of a job that has gone well. One that has not leaves no session; nor has a test's cursor one of its own."""
         if type(self.cr) is not sql_db.Cursor or self.cr.closed:
-            # A test's knows of its transaction more than is to be forgotten.
             return self.close()
-        self.cr.commit()
         self.cr.cache.clear()
         self.cr.transaction = None
         self.cr.connection.set_session(ISOLATION_LEVEL_REPEATABLE_READ, readonly=False, autocommit=False)

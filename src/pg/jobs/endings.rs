@@ -7,7 +7,7 @@ use crate::core::job::{self, State};
 use crate::pg::datum::{JsonbText, Str, Text};
 use crate::pg::report::{Outcome, internal, report};
 use crate::pg::transaction::{Failure, by_hashing, by_places};
-use crate::pg::{direct, wake, worker};
+use crate::pg::{direct, sql, wake, worker};
 use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 
@@ -79,6 +79,23 @@ pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>)
     Ok(is_ended)
 }
 
+/// The same in this table, the short way where there is one. The row is locked as SQL does it: who has changed it since the
+/// transaction's snapshot is waited for, and told of.
+pub(super) fn succeed_shortly(place: pg_sys::Oid, claimed: &Claimed, result: Option<&str>) -> Outcome<bool> {
+    let text = "SELECT j.ctid, j.notify IS NULL FROM PLACE j WHERE j.id = $1 AND j.token = $2 AND j.state = 'processing' FOR UPDATE";
+    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+    let named = Place::of(place)?;
+    let read = |row: &sql::Row| Ok((row.get::<pg_sys::ItemPointerData>(1)?.unwrap_or_default(), row.need::<bool>(2)?));
+    let Some((row, is_quiet)) = on_named(text, &[named.name()], &args, read)?.into_iter().next() else {
+        return Ok(false);
+    };
+    if is_quiet && let Some(moved) = move_directly(place, &[(row, claimed.id)], &[result.map(str::to_owned)], None)? {
+        wake::ended(&[claimed.id]);
+        return Ok(moved);
+    }
+    succeed_at(&named, claimed, result)
+}
+
 /// Ends jobs with their results, in the transaction that did the work; they were claimed in the table `place`. False when
 /// one of them was not the runner's any more, so that the transaction must not be committed.
 pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<String>)]) -> Outcome<bool> {
@@ -102,7 +119,9 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
 /// work. False when one of them is not as it was, so that the transaction must not be committed.
 pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithTimeZone) -> Outcome<bool> {
     let Some((first, _)) = jobs.first() else { return Ok(true) };
-    let moved = match move_directly(first.place, jobs, began)? {
+    let (rows, results): (Vec<_>, Vec<_>) =
+        jobs.iter().map(|(job, result)| ((job.row, job.id), result.clone())).unzip();
+    let moved = match move_directly(first.place, &rows, &results, Some(began))? {
         Some(moved) => moved,
         None => move_by_sql(first.place, jobs, began)?,
     };
@@ -110,56 +129,65 @@ pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithT
     Ok(moved)
 }
 
-/// The end of a job that was never `processing`: its result as the payload has it, when it began, and when it ended.
+/// The end of a job: its result as the payload has it, when it began, if that is not known yet, and when it ended.
 struct Ending<'a> {
     payload: Option<&'a str>,
-    began: TimestampWithTimeZone,
+    began: Option<TimestampWithTimeZone>,
     ended: TimestampWithTimeZone,
 }
 
 /// What stands in a column then.
 type Make = fn(&Ending<'_>) -> Option<pg_sys::Datum>;
 
-/// What changes in a job by its end: the column, its type, what stands there.
-const ENDED_AT_ONCE: [(&str, pg_sys::Oid, Make); 10] = [
+/// What changes in a column by a job's end: its name, its type, what stands there.
+type Ended = (&'static str, pg_sys::Oid, Make);
+
+/// By each end.
+const BY_AN_END: [Ended; 7] = [
     ("state", pg_sys::VARCHAROID, |ending| Str(State::ended(ending.payload.is_some()).as_str()).into_datum()),
     ("payload", pg_sys::JSONBOID, |ending| ending.payload.map(|json| JsonbText(json.to_owned())).into_datum()),
     ("token", pg_sys::TEXTOID, |_| None),
     ("session", pg_sys::INT8OID, |_| None),
     ("traceback", pg_sys::TEXTOID, |_| None),
-    ("worker", pg_sys::VARCHAROID, |_| None),
-    ("attempts", pg_sys::INT4OID, |_| 1_i32.into_datum()),
-    ("claimed_at", pg_sys::TIMESTAMPTZOID, |ending| ending.began.into_datum()),
     ("finished_at", pg_sys::TIMESTAMPTZOID, |ending| ending.ended.into_datum()),
     // In UTC, which is how PostgreSQL keeps what has a time zone.
     ("write_date", pg_sys::TIMESTAMPOID, |ending| ending.ended.into_datum()),
 ];
 
+/// By that of a job that was never `processing`, too.
+const AT_ONCE: [Ended; 3] = [
+    ("worker", pg_sys::VARCHAROID, |_| None),
+    ("attempts", pg_sys::INT4OID, |_| 1_i32.into_datum()),
+    ("claimed_at", pg_sys::TIMESTAMPTZOID, |ending| ending.began.into_datum()),
+];
+
 /// What makes the columns of an open table that change, None where what stands there stays. None for a table that is not as it was
 /// made.
-fn layout(table: &direct::Table) -> Option<Vec<Option<Make>>> {
+fn layout(table: &direct::Table, changes: &[Ended]) -> Option<Vec<Option<Make>>> {
     if table.triggers().any(|(name, _)| is_not_own(name)) {
         return None;
     }
     let make = |column: direct::Column<'_>| {
-        let change = ENDED_AT_ONCE.iter().find(|(name, ..)| name.as_bytes() == column.name && !column.is_dropped);
+        let change = changes.iter().find(|(name, ..)| name.as_bytes() == column.name && !column.is_dropped);
         let Some((_, of, make)) = change else { return Some(None) };
         (column.type_oid == *of && !column.has_modifier).then_some(Some(*make))
     };
     let layout: Vec<Option<Make>> = table.columns().map(make).collect::<Option<_>>()?;
-    (layout.iter().flatten().count() == ENDED_AT_ONCE.len()).then_some(layout)
+    (layout.iter().flatten().count() == changes.len()).then_some(layout)
 }
 
-/// The short way (`direct`); None where the long one must be gone.
+/// The short way (`direct`) of jobs that this transaction has locked where they are, with their ids and their results, `began` for
+/// those that were never `processing`; None where the long one must be gone.
 fn move_directly(
     place: pg_sys::Oid,
-    jobs: &[(&Locked, Option<String>)],
-    began: TimestampWithTimeZone,
+    jobs: &[(pg_sys::ItemPointerData, i64)],
+    results: &[Option<String>],
+    began: Option<TimestampWithTimeZone>,
 ) -> Outcome<Option<bool>> {
     let table = table()?;
-    let places: Vec<(pg_sys::ItemPointerData, i64)> = jobs.iter().map(|(job, _)| (job.row, job.id)).collect();
+    let changes = [&BY_AN_END[..], if began.is_some() { &AT_ONCE } else { &[] }].concat();
     let ended = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
-    let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
+    let payloads: Vec<Option<String>> = results.iter().map(payload).collect();
     let value = |layout: &Vec<Option<Make>>, row: usize, column: usize| {
         let payload = payloads.get(row).and_then(Option::as_deref);
         match layout.get(column).copied().flatten() {
@@ -167,7 +195,7 @@ fn move_directly(
             None => direct::Value::Same,
         }
     };
-    direct::relocate([place, table.relid], indexes(&table), layout, &places, value)
+    direct::relocate([place, table.relid], indexes(&table), |table| layout(table, &changes), jobs, value)
 }
 
 /// The long way.

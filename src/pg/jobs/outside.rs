@@ -3,8 +3,10 @@
 
 use super::claims::{Asked, Locked, lanes, lock_first, room};
 use super::control::has_rights;
-use super::endings::{Failed, fail_at, given_up, succeed_at};
-use super::{Claimed, NOTIFICATION, Place, Token, change_and_tell, new_token, on_named, on_table, stored_channel};
+use super::endings::{Failed, fail_at, given_up, succeed_shortly};
+use super::{
+    Claimed, NOTIFICATION, Place, Token, change_and_tell, new_token, on_named, on_table, stored_channel, table,
+};
 use crate::core::job::Lane;
 use crate::core::json;
 use crate::pg::bus;
@@ -13,6 +15,7 @@ use crate::pg::report::Outcome;
 use crate::pg::transaction::in_passing;
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
+use std::cell::RefCell;
 
 /// A job that a runner outside has claimed: what it needs to run it.
 pub struct Assignment {
@@ -100,43 +103,54 @@ pub struct Begun {
 /// Says that the runner begins a claimed job: while its transaction lasts, the job is not given back as one that only waits
 /// for another in the same call. None for a runner that has lost it.
 pub fn begin(claimed: &Claimed) -> Outcome<Option<Begun>> {
-    let Some(found) = find(claimed)? else { return Ok(None) };
-    // Weak enough for cancelling, for timing out and for an end of the runner.
-    let text = "SELECT res_model::text, res_ids, method::text, args, kwargs, user_id, context, super_user
-                  FROM PLACE WHERE id = $1 AND token = $2 AND state = 'processing' FOR KEY SHARE";
-    let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let read = |row: &crate::pg::sql::Row| {
-        Ok(Begun {
-            model: row.get(1)?,
-            res_ids: row.get(2)?,
-            target: Text(row.text(3)?),
-            args: row.get(4)?.unwrap_or(JsonbText("[]".to_owned())),
-            kwargs: row.get(5)?.unwrap_or(JsonbText("{}".to_owned())),
-            user_id: row.get(6)?,
-            context: row.get(7)?,
-            su: row.get(8)?,
-            following: found.following,
-        })
-    };
-    Ok(on_named(text, &[found.place.name()], &args, read)?.into_iter().next())
+    found_by(claimed, |found| {
+        // Weak enough for cancelling, for timing out and for an end of the runner.
+        let text =
+            "SELECT j.res_model::text, j.res_ids, j.method::text, j.args, j.kwargs, j.user_id, j.context, j.super_user,
+                           (SELECT f.id FROM PLACE f WHERE f.token = $2 AND f.state = 'processing'
+                               AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
+                      FROM PLACE j WHERE j.id = $1 AND j.token = $2 AND j.state = 'processing' FOR KEY SHARE OF j";
+        let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
+        let read = |row: &crate::pg::sql::Row| {
+            Ok(Begun {
+                model: row.get(1)?,
+                res_ids: row.get(2)?,
+                target: Text(row.text(3)?),
+                args: row.get(4)?.unwrap_or(JsonbText("[]".to_owned())),
+                kwargs: row.get(5)?.unwrap_or(JsonbText("{}".to_owned())),
+                user_id: row.get(6)?,
+                context: row.get(7)?,
+                su: row.get(8)?,
+                following: row.get(9)?,
+            })
+        };
+        Ok(on_named(text, &[Place::of(found.place)?.name()], &args, read)?.into_iter().next())
+    })
 }
 
 /// Ends a claimed job with a result (NULL and null are none). Errors: 55000 for a runner that has lost it.
 pub fn finish_outside(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
-    let is_ended = succeed_at(&mine(claimed)?, claimed, result.filter(|json| *json != "null"))?;
-    if is_ended { Ok(()) } else { Err(given_up(claimed.id)) }
+    let result = result.filter(|json| *json != "null");
+    end(claimed, |found| succeed_shortly(found.place, claimed, result))
 }
 
 /// Ends an attempt of a claimed job with an error. Errors: 55000 for a runner that has lost it.
 pub fn fail_outside(claimed: &Claimed, failed: &Failed) -> Outcome<()> {
-    if fail_at(&mine(claimed)?, claimed, failed)? { Ok(()) } else { Err(given_up(claimed.id)) }
+    end(claimed, |found| fail_at(&Place::of(found.place)?, claimed, failed))
+}
+
+/// Ends a claimed job, or its attempt, where it is. Errors: 55000 for a runner that has lost it.
+fn end(claimed: &Claimed, work: impl Fn(&Found) -> Outcome<bool>) -> Outcome<()> {
+    let ended = found_by(claimed, |found| Ok((found.is_mine() && work(found)?).then_some(())))?;
+    ended.ok_or_else(|| given_up(claimed.id))
 }
 
 /// Keeps and tells how far a claimed job is; its timeout begins anew. The
 /// job's own row stays as it is, so that a transaction that ends the job with an older snapshot is not in its way. Errors:
 /// 55000 for a runner that has lost it.
 pub fn progress(claimed: &Claimed, percent: Option<f64>, message: Option<&str>) -> Outcome<()> {
-    let place = mine(claimed)?;
+    let found = find(claimed)?.filter(Found::is_mine).ok_or_else(|| given_up(claimed.id))?;
+    let place = Place::of(found.place)?;
     let text = "INSERT INTO PROGRESS AS p (job_id, percent, message, at)
                 VALUES ($1, $2, $3, pg_catalog.clock_timestamp())
                 ON CONFLICT (job_id) DO UPDATE SET percent = EXCLUDED.percent, message = EXCLUDED.message,
@@ -157,32 +171,49 @@ pub fn progress(claimed: &Claimed, percent: Option<f64>, message: Option<&str>) 
     Ok(())
 }
 
-/// A claimed job, looked up.
+/// Where a claimed job is, and whose.
+#[derive(Clone, Copy)]
 struct Found {
-    place: Place,
+    place: pg_sys::Oid,
     role: pg_sys::Oid,
     is_odoos: bool,
-    following: Option<i64>,
+}
+
+impl Found {
+    /// Whether the caller has the rights of the job's role. Odoo runs the jobs of all roles: there the token that it was given is
+    /// enough.
+    fn is_mine(&self) -> bool {
+        self.is_odoos || has_rights(self.role)
+    }
+}
+
+thread_local! {
+    /// The token that this session was last asked about, and where its jobs are: all in one table, and all of one role.
+    static LAST: RefCell<Option<(Token, Found)>> = const { RefCell::new(None) };
+}
+
+/// Does something where the jobs of that token were found the last time, and if this one is not there, where it is now.
+fn found_by<T>(claimed: &Claimed, work: impl Fn(&Found) -> Outcome<Option<T>>) -> Outcome<Option<T>> {
+    let last =
+        LAST.with_borrow(|last| last.as_ref().filter(|(token, _)| *token == claimed.token).map(|(_, found)| *found));
+    if let Some(found) = last
+        && table()?.children.iter().any(|child| child.relid == found.place)
+        && let Some(done) = work(&found)?
+    {
+        return Ok(Some(done));
+    }
+    let Some(found) = find(claimed)? else { return Ok(None) };
+    LAST.set(Some((claimed.token.clone(), found)));
+    work(&found)
 }
 
 /// Looks a claimed job up in passing: no lock is left on the tables that it is not in. A job that Odoo or a runner outside
 /// works on is not moved (`rotation`).
 fn find(claimed: &Claimed) -> Outcome<Option<Found>> {
-    let text = "SELECT j.tableoid, j.role, j.res_model IS NOT NULL AND j.session IS NULL,
-                       (SELECT f.id FROM TABLE f WHERE f.token = j.token AND f.state = 'processing'
-                           AND (f.run_at, f.id) > (j.run_at, j.id) ORDER BY f.run_at, f.id LIMIT 1)
+    let text = "SELECT j.tableoid, j.role, j.res_model IS NOT NULL AND j.session IS NULL
                   FROM TABLE j WHERE j.id = $1 AND j.token = $2 AND j.state = 'processing'";
     let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
-    let read = |row: &crate::pg::sql::Row| {
-        let place = Place::of(row.need(1)?)?;
-        Ok(Found { place, role: row.need(2)?, is_odoos: row.need(3)?, following: row.get(4)? })
-    };
+    let read =
+        |row: &crate::pg::sql::Row| Ok(Found { place: row.need(1)?, role: row.need(2)?, is_odoos: row.need(3)? });
     Ok(in_passing(|| on_table(text, &args, read))?.into_iter().next())
-}
-
-/// Where the job is, if it is the runner's by this token and the caller has the rights of the job's role. Odoo runs the jobs
-/// of all roles: there the token that it was given is enough. Errors: 55000 for a runner that has lost it.
-fn mine(claimed: &Claimed) -> Outcome<Place> {
-    let found = find(claimed)?.filter(|found| found.is_odoos || has_rights(found.role));
-    found.map(|found| found.place).ok_or_else(|| given_up(claimed.id))
 }
