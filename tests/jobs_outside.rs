@@ -371,6 +371,12 @@ fn while_a_job_is_worked_on_outside_no_transaction_is_open() {
     eventually("nobody has one", || number(&mut sql, open) == 0);
     runner.execute("SELECT ir_async_finish($1, $2)", &[&id, &token]).unwrap();
     assert_eq!(status(&mut sql, id)["state"], "done");
+    // Nobody is told of its end, which is recorded as any other.
+    let row = "to_jsonb(j) || jsonb_build_object('ordered', claimed_at < finished_at AND write_date = finished_at AT TIME ZONE 'UTC')
+                 FROM ir_async j";
+    let row = value(&mut sql, &format!("SELECT {row}"));
+    let seen = ["attempts", "worker", "ordered", "token", "session", "payload"].map(|column| row[column].clone());
+    assert_eq!(json!(seen), json!([1, "a runner", true, null, null, null]));
 }
 
 #[test]
@@ -408,6 +414,76 @@ fn who_cancels_a_claimed_job_takes_it_from_its_runner() {
     sql.execute("SELECT ir_async_cancel($1)", &[&id]).unwrap();
     assert_eq!(status(&mut sql, id)["state"], "cancelled");
     assert_eq!(refusal(runner.query("SELECT ir_async_progress($1, $2)", &[&id, &claimed.1])), "55000");
+}
+
+#[test]
+fn a_runner_whose_job_is_cancelled_as_it_ends_it_has_done_nothing() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_beside");
+    sql.batch_execute("CREATE TABLE done (job bigint)").unwrap();
+    let mut other = cluster.connect("jx_beside");
+    for (isolation, refused) in [("READ COMMITTED", "55000"), ("REPEATABLE READ", "40001")] {
+        for committed in [true, false] {
+            let mut runner = cluster.connect("jx_beside");
+            let pid = backend(&mut runner);
+            let id = enqueue(&mut sql, "");
+            let token = claim(&mut runner, "out", 1).remove(0).1;
+            runner.batch_execute(&format!("BEGIN ISOLATION LEVEL {isolation}")).unwrap();
+            assert_eq!(runner.query("SELECT ir_async_begin($1, $2)", &[&id, &token]).unwrap().len(), 1);
+            runner.execute("INSERT INTO done VALUES ($1)", &[&id]).unwrap();
+            other.batch_execute("BEGIN").unwrap();
+            other.execute("SELECT ir_async_cancel($1)", &[&id]).unwrap();
+            let ending = std::thread::spawn(move || {
+                let ended = runner.query("SELECT ir_async_finish($1, $2, '1')", &[&id, &token]);
+                runner.batch_execute(if ended.is_ok() { "COMMIT" } else { "ROLLBACK" }).unwrap();
+                ended
+            });
+            eventually("it waits", || number(&mut sql, &format!("cardinality(pg_blocking_pids({pid}))")) == 1);
+            other.batch_execute(if committed { "COMMIT" } else { "ROLLBACK" }).unwrap();
+            let ended = ending.join().unwrap();
+            let state = status(&mut sql, id)["state"].clone();
+            let done = number(&mut sql, &format!("(SELECT count(*) FROM done WHERE job = {id})"));
+            match committed {
+                true => assert_eq!((refusal(ended), state, done), (refused.to_owned(), json!("cancelled"), 0)),
+                false => assert_eq!((ended.unwrap().len(), state, done), (1, json!("succeeded"), 1)),
+            }
+        }
+    }
+}
+
+#[test]
+fn jobs_that_are_no_longer_where_their_runner_saw_them_are_found() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_moved");
+    let mut runner = cluster.connect("jx_moved");
+    let ids: Vec<i64> = (0..3).map(|_| enqueue(&mut sql, "")).collect();
+    assert_eq!(claim(&mut runner, "out", 3).len(), 3);
+    // As those that Odoo is called for: of one token.
+    sql.batch_execute("UPDATE ir_async SET token = 'shared'").unwrap();
+    let place = |sql: &mut Client, id: i64| -> String {
+        sql.query_one("SELECT tableoid::regclass::text FROM ir_async WHERE id = $1", &[&id]).unwrap().get(0)
+    };
+    let first = place(&mut sql, ids[0]);
+    let elsewhere = ["ir_async_1", "ir_async_2"].into_iter().find(|name| *name != first).unwrap();
+    let begin = "SELECT following FROM ir_async_begin($1, 'shared')";
+    assert_eq!(runner.query_one(begin, &[&ids[0]]).unwrap().get::<_, Option<i64>>(0), Some(ids[1]));
+    // As imbus moves them, and nobody else can.
+    let to_move = format!(
+        "ALTER TABLE {elsewhere} DISABLE TRIGGER ir_async_inserted;
+         WITH gone AS (DELETE FROM {first} WHERE id > {} RETURNING *) INSERT INTO {elsewhere} SELECT * FROM gone;
+         ALTER TABLE {elsewhere} ENABLE ALWAYS TRIGGER ir_async_inserted",
+        ids[0]
+    );
+    sql.batch_execute(&to_move).unwrap();
+    assert_eq!(place(&mut sql, ids[1]), elsewhere);
+    runner.execute("SELECT ir_async_finish($1, 'shared', '1')", &[&ids[0]]).unwrap();
+    assert_eq!(runner.query_one(begin, &[&ids[1]]).unwrap().get::<_, Option<i64>>(0), Some(ids[2]));
+    runner.execute("SELECT ir_async_finish($1, 'shared')", &[&ids[1]]).unwrap();
+    runner.execute("SELECT ir_async_fail($1, 'shared', '\"no\"')", &[&ids[2]]).unwrap();
+    let states: Vec<Value> = ids.iter().map(|id| status(&mut sql, *id)["state"].clone()).collect();
+    assert_eq!(states, ["succeeded", "done", "failed"]);
+    assert_eq!(place(&mut sql, ids[0]), "ir_async");
+    assert!(runner.query(begin, &[&ids[0]]).unwrap().is_empty());
 }
 
 /// The program in docs/runners.md.
