@@ -19,9 +19,9 @@ const NO_PLACE: Duration = Duration::from_millis(200);
 /// How long Odoo is left alone that was not reached, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
 /// How long jobs that share a call may take together, and how many they may be.
-const COMPANY: (Duration, usize) = (Duration::from_millis(50), 50);
+const COMPANY: (Duration, usize) = (Duration::from_millis(100), 100);
 /// After this time those that were not begun are given back: they do not wait for the one that takes so long.
-const STALLED: Duration = Duration::from_millis(150);
+const STALLED: Duration = Duration::from_millis(200);
 /// Shown as the job's `worker`.
 const WORKER: &str = "Odoo";
 
