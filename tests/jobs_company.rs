@@ -153,6 +153,29 @@ fn what_a_job_leaves_in_its_session_is_not_there_for_the_next() {
 }
 
 #[test]
+fn a_job_that_took_too_long_in_company_finds_nothing_of_itself_when_it_is_run_again() {
+    let cluster = shared();
+    let mut sql = cluster.database("jc_again");
+    sql.batch_execute(
+        "CREATE FUNCTION work(n int) RETURNS void LANGUAGE plpgsql AS $$
+         BEGIN
+             IF n % 300 = 200 THEN
+                 IF EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND objid = 78)
+                     THEN RAISE 'it is locked'; END IF;
+                 EXECUTE 'PREPARE left_prepared AS SELECT 1';
+                 PERFORM pg_advisory_lock(n, 78), pg_sleep(0.3);
+             END IF;
+         END $$",
+    )
+    .unwrap();
+    enqueue(&mut sql, "SELECT 'work' AS target, jsonb_build_array(n) AS args FROM generate_series(1, 1200) n");
+    all_end(&mut sql);
+    let found = sql.query("SELECT DISTINCT payload::text FROM ir_async WHERE state <> 'done'", &[]).unwrap();
+    assert!(found.is_empty(), "{:?}", found.iter().map(|row| row.get::<_, String>(0)).collect::<Vec<_>>());
+    assert!(in_company(&mut sql) > 100);
+}
+
+#[test]
 fn temporary_tables_are_gone_with_their_job() {
     let cluster = shared();
     let mut sql = cluster.database("jc_temporary");

@@ -52,7 +52,10 @@ impl Together {
             self.begun = place + 1;
             begin(work.id);
             transaction::restart_clock();
-            match transaction::in_savepoint(|| call(work)) {
+            let called = transaction::in_savepoint(|| call(work));
+            // Also of one that was stopped: it is run again.
+            session::clear();
+            match called {
                 Ok(result) => self.results.push((place, result)),
                 Err(failure) if failure.code == QUERY_CANCELED => {
                     self.slow = Some(place);
@@ -64,7 +67,6 @@ impl Together {
                     self.failed.push(place);
                 }
             }
-            session::clear();
         }
         drop(limit);
     }
