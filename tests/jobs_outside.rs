@@ -452,6 +452,35 @@ fn a_runner_whose_job_is_cancelled_as_it_ends_it_has_done_nothing() {
 }
 
 #[test]
+fn a_job_that_is_ended_again_after_a_savepoint_has_ended_once() {
+    let cluster = cluster();
+    let mut sql = cluster.database("jx_savepoint");
+    let mut runner = cluster.connect("jx_savepoint");
+    // Too long to be kept in its row.
+    let long = "(SELECT jsonb_agg(md5(n::text)) FROM generate_series(1, 2000) n)";
+    let key = "identity_key => 'k'";
+    let id = number(&mut sql, &format!("ir_async_call('work', {long}, queue => 'out', {key})"));
+    let next = enqueue(&mut sql, &format!(", depends_on => '{{{id}}}'"));
+    let token = claim(&mut runner, "out", 1).remove(0).1;
+    let finish = format!("SELECT ir_async_finish({id}, '{token}', {long})");
+    let state = format!("SELECT state FROM ir_async WHERE id = {id}");
+    runner.batch_execute(&format!("BEGIN; SELECT ir_async_begin({id}, '{token}'); SAVEPOINT s; {finish}")).unwrap();
+    assert_eq!(runner.query_one(&state, &[]).unwrap().get::<_, String>(0), "succeeded");
+    runner.batch_execute("ROLLBACK TO s").unwrap();
+    assert_eq!(runner.query_one(&state, &[]).unwrap().get::<_, String>(0), "processing");
+    runner.batch_execute(&finish).unwrap();
+    assert_eq!(refusal(runner.query(&finish, &[])), "55000");
+    runner.batch_execute("ROLLBACK").unwrap();
+    assert_eq!(status(&mut sql, id)["state"], "processing");
+    runner.batch_execute(&finish).unwrap();
+    let whole = format!("count(*) FROM ir_async WHERE id = {id} AND args = {long} AND payload -> 'result' = {long}");
+    assert_eq!(number(&mut sql, &format!("SELECT {whole}")), 1);
+    // Its key is free, and who waits for it waits no more.
+    assert_ne!(number(&mut sql, &format!("ir_async_call('work', queue => 'other', {key})")), id);
+    eventually("the other is claimed", || claim(&mut runner, "out", 1).iter().any(|(claimed, _)| *claimed == next));
+}
+
+#[test]
 fn jobs_that_are_no_longer_where_their_runner_saw_them_are_found() {
     let cluster = cluster();
     let mut sql = cluster.database("jx_moved");
@@ -468,17 +497,25 @@ fn jobs_that_are_no_longer_where_their_runner_saw_them_are_found() {
     let begin = "SELECT following FROM ir_async_begin($1, 'shared')";
     assert_eq!(runner.query_one(begin, &[&ids[0]]).unwrap().get::<_, Option<i64>>(0), Some(ids[1]));
     // As imbus moves them, and nobody else can.
-    let to_move = format!(
-        "ALTER TABLE {elsewhere} DISABLE TRIGGER ir_async_inserted;
-         WITH gone AS (DELETE FROM {first} WHERE id > {} RETURNING *) INSERT INTO {elsewhere} SELECT * FROM gone;
-         ALTER TABLE {elsewhere} ENABLE ALWAYS TRIGGER ir_async_inserted",
-        ids[0]
-    );
-    sql.batch_execute(&to_move).unwrap();
+    let moved = |from: &str, to: &str, id: i64| {
+        format!(
+            "ALTER TABLE {to} DISABLE TRIGGER ir_async_inserted;
+             WITH gone AS (DELETE FROM {from} WHERE id = {id} RETURNING *) INSERT INTO {to} SELECT * FROM gone;
+             ALTER TABLE {to} ENABLE ALWAYS TRIGGER ir_async_inserted"
+        )
+    };
+    for id in &ids[1..] {
+        sql.batch_execute(&moved(&first, elsewhere, *id)).unwrap();
+    }
     assert_eq!(place(&mut sql, ids[1]), elsewhere);
     runner.execute("SELECT ir_async_finish($1, 'shared', '1')", &[&ids[0]]).unwrap();
     assert_eq!(runner.query_one(begin, &[&ids[1]]).unwrap().get::<_, Option<i64>>(0), Some(ids[2]));
+    sql.batch_execute(&moved(elsewhere, &first, ids[1])).unwrap();
+    assert_eq!(place(&mut sql, ids[1]), first);
     runner.execute("SELECT ir_async_finish($1, 'shared')", &[&ids[1]]).unwrap();
+    sql.batch_execute(&moved(elsewhere, &first, ids[2])).unwrap();
+    runner.query(begin, &[&ids[2]]).unwrap();
+    sql.batch_execute(&moved(&first, elsewhere, ids[2])).unwrap();
     runner.execute("SELECT ir_async_fail($1, 'shared', '\"no\"')", &[&ids[2]]).unwrap();
     let states: Vec<Value> = ids.iter().map(|id| status(&mut sql, *id)["state"].clone()).collect();
     assert_eq!(states, ["succeeded", "done", "failed"]);

@@ -49,10 +49,11 @@ BEGIN_JOB = """
            (SELECT u.active FROM res_users u WHERE u.id = b.user_id), b.following
       FROM ir_async_begin(%s, %s) b"""
 
-# What Odoo's pool has psycopg2 do before a session is used again (DISCARD ALL, and its own setting), but for DISCARD PLANS.
+# What Odoo's pool has psycopg2 do before a session is used again (DISCARD ALL, and its own setting), but for DISCARD PLANS. Committed,
+# so that a method's own rollback does not bring back what another job has left; the transaction after it is as psycopg2 began this one.
 CLEAN = """
     CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; SET datestyle TO 'ISO'; DEALLOCATE ALL; UNLISTEN *;
-    SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES;"""
+    SELECT pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES; COMMIT AND CHAIN;"""
 
 
 class JobLost(Exception):
@@ -73,6 +74,7 @@ class Job:
         self.label = ''
         self.trace = []
         self.following = None
+        self.is_begun = False
 
 
 current = ContextVar('imbus_job', default=None)
@@ -200,46 +202,57 @@ def run(dbname, job_id, token):
 
 class Session:
     """A session of the database for jobs that are run one after another. Each finds it as a request finds that which it
-    borrows, but for the plans that the server has made: to throw them away, as the pool does, takes longer than a short job."""
+    borrows, but for the plans that the server has made: to throw them away, as the pool does, takes longer than a short job.
+    For the cursors it is the pool (:class:`odoo.sql_db.ConnectionPool`), with one connection to lend."""
+
+    readonly = False
 
     def __init__(self, registry):
         self.registry = registry
-        self.cr = None
+        # The cursor whose connection the others use.
+        self.holder = None
+        # A job has had it.
         self.is_used = False
 
+    def borrow(self, _connection_info):
+        return self.holder.connection
+
+    def give_back(self, connection, keep_in_pool=True):
+        """It is kept."""
+
     def close(self):
-        """Gives the session back to the pool; what is not committed is undone."""
-        if self.cr is not None:
-            self.cr.close()
-        self.cr, self.is_used = None, False
+        """Gives the connection back to where it comes from."""
+        holder, self.holder, self.is_used = self.holder, None, False
+        if holder is not None:
+            holder.close()
 
     @contextlib.contextmanager
     def cursor(self):
-        """A cursor for one job, and what is to be said first in its transaction."""
-        if self.cr is None:
-            self.cr = self.registry.cursor()
+        """A cursor for one job, and what is to be said first in its transaction. A job that fails leaves no session."""
+        if self.holder is not None and self.holder.closed:
+            self.close()
+        if self.holder is None:
+            cr = self.registry.cursor()
+            if type(cr) is not sql_db.Cursor:
+                # A test's, which are all one transaction.
+                with cr:
+                    yield cr, ''
+                return
+            self.holder = cr
         try:
-            yield self.cr, CLEAN if self.is_used else ''
-            if not self.cr.closed:
-                self.cr.commit()
-            self._forget()
+            self.holder.connection.set_session(deferrable='DEFAULT')
+            with sql_db.Cursor(self, self.registry.db_name, {}) as cr:
+                yield cr, CLEAN if self.is_used else ''
+            self.is_used = True
         except BaseException:
             self.close()
             raise
-
-    def _forget(self):
-        """Leaves nothing of a job that has gone well. One that has not leaves no session; nor has a test's cursor one of its own."""
-        if type(self.cr) is not sql_db.Cursor or self.cr.closed:
-            return self.close()
-        self.cr.cache.clear()
-        self.cr.transaction = None
-        self.cr.connection.set_session(ISOLATION_LEVEL_REPEATABLE_READ, readonly=False, autocommit=False)
-        self.is_used = True
 
 
 def run_job(registry, session, job):
     """Runs a job and settles it; returns its new state. Raises JobLost."""
     with background(job):
+        is_used = session.is_used
         try:
             with session.cursor() as (cr, clean):
                 return work(cr, clean, job)
@@ -251,11 +264,14 @@ def run_job(registry, session, job):
             failure = error
         except Exception as error:  # noqa: BLE001 whatever a method raises is the job's failure
             failure = error
+        if is_used and not job.is_begun and isinstance(failure, (psycopg2.InterfaceError, psycopg2.OperationalError)):
+            # The connection broke while nobody needed it: as the pool does, with another one.
+            return run_job(registry, session, job)
         return fail(registry, job, failure)
 
 
 def work(cr, clean, job):
-    """Calls the method and finishes the job in one transaction, which begins with `clean`, and is retried as a request is."""
+    """Calls the method and finishes the job in one transaction, which `clean` goes before, and is retried as a request is."""
     env = api.Environment(cr, api.SUPERUSER_ID, {})
 
     def attempt():
@@ -264,6 +280,7 @@ def work(cr, clean, job):
         row = env.cr.fetchone()
         if row is None:
             raise JobLost()
+        job.is_begun = True
         *asked, job.following = row
         result = call(env, job, *asked)
         env.flush_all()
