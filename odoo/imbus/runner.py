@@ -14,7 +14,6 @@ from contextvars import ContextVar
 
 import psycopg2
 from psycopg2 import errors
-from psycopg2.extensions import ISOLATION_LEVEL_REPEATABLE_READ
 
 from odoo import api, fields, http, sql_db
 from odoo.addons.web.controllers.utils import clean_action
