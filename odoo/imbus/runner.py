@@ -241,7 +241,8 @@ class Session:
         try:
             self.holder.connection.set_session(deferrable='DEFAULT')
             with sql_db.Cursor(self, self.registry.db_name, {}) as cr:
-                yield cr, CLEAN if self.is_used else ''
+                # Also before the first one: pgbouncer may have another session behind it than the one that the pool has cleaned.
+                yield cr, CLEAN
             self.is_used = True
         except BaseException:
             self.close()

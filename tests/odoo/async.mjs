@@ -273,7 +273,8 @@ test('many short jobs share requests, and one that fails takes no other along', 
     'failed 1, succeeded 299',
   ));
 
-test('what a job leaves in its session, the next one in the same request does not find', async () => {
+// Behind pgbouncer, who rolls back may go on in any session.
+test('what a job leaves in its session, the next one in the same request does not find', { skip: Boolean(process.env.PGBOUNCER) }, async () => {
   const code = `
 # A method may do so.
 if env.context['async_job_id'] % 2:
