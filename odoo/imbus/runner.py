@@ -214,6 +214,7 @@ class Session:
         self.is_used = False
 
     def borrow(self, _connection_info):
+        """The connection, whatever is asked for."""
         return self.holder.connection
 
     def give_back(self, connection, keep_in_pool=True):

@@ -30,22 +30,19 @@ class TestSession(TransactionCase):
         self.session = runner.Session(SimpleNamespace(db_name=self.env.cr.dbname, cursor=self.db.cursor))
         self.addCleanup(self.session.close)
 
-    def do(self, *queries):
-        """The rows of the last one."""
+    def do(self, query):
+        """What a job reads whose work is this query, or the last of these."""
         with self.session.cursor() as (cr, clean):
-            cr.execute(clean + queries[0])
-            for query in queries[1:]:
-                cr.execute(query)
+            cr.execute(clean + query)
             return cr.fetchall()
 
-    def run_job(self, *outcomes):
-        """Runs a job whose work comes to these: a query, or an error. Returns its state, and how often it was begun."""
+    def run_job(self, outcome):
+        """Runs a job whose work is this query, or comes to this error. Returns its state, and how often that was tried."""
         job, count = runner.Job(self.env.cr.dbname, 1, 'x'), 0
 
         def work(cr, clean, _job):
             nonlocal count
             count += 1
-            outcome = outcomes[min(count, len(outcomes)) - 1]
             if isinstance(outcome, Exception):
                 raise outcome
             cr.execute(clean + outcome)

@@ -55,8 +55,8 @@ const ENDED: [(&str, &str); 5] = [
 /// The state of a job whose result is given.
 const STATE: (&str, &str) = ("state", "CASE WHEN g.given IS NULL THEN 'done' ELSE 'succeeded' END");
 
-fn payload(result: &Option<String>) -> Option<String> {
-    result.as_ref().map(|json| format!(r#"{{"result":{json}}}"#))
+fn payload(result: Option<&str>) -> Option<String> {
+    result.map(|json| format!(r#"{{"result":{json}}}"#))
 }
 
 /// Ends a job with its result, in the transaction that did the work. Errors: 55000 when the token has been given up.
@@ -67,7 +67,7 @@ pub fn succeed(claimed: &Claimed, result: Option<&str>) -> Outcome<()> {
 
 /// The same in this table; false when the job is not there.
 pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>) -> Outcome<bool> {
-    let payload = result.map(|json| JsonbText(format!(r#"{{"result":{json}}}"#)));
+    let payload = payload(result).map(JsonbText);
     let [token, session, traceback, finished_at, write_date] = ENDED;
     let changes = [("state", "$3"), ("payload", "$4"), token, session, traceback, finished_at, write_date];
     let state = State::ended(result.is_some()).as_str().to_owned();
@@ -79,8 +79,8 @@ pub(super) fn succeed_at(place: &Place, claimed: &Claimed, result: Option<&str>)
     Ok(is_ended)
 }
 
-/// The same in this table, the short way where there is one. The row is locked as SQL does it: who has changed it since the
-/// transaction's snapshot is waited for, and told of.
+/// The same in this table, the short way where there is one. The row is locked as SQL does it: whoever is just changing it is
+/// waited for. Errors: 40001 when it has changed since the transaction's snapshot, where that is kept (REPEATABLE READ).
 pub(super) fn succeed_shortly(place: pg_sys::Oid, claimed: &Claimed, result: Option<&str>) -> Outcome<bool> {
     let text = "SELECT j.ctid, j.notify IS NULL FROM PLACE j WHERE j.id = $1 AND j.token = $2 AND j.state = 'processing' FOR UPDATE";
     let args = [claimed.id.into(), Text(claimed.token.clone()).into()];
@@ -89,7 +89,7 @@ pub(super) fn succeed_shortly(place: pg_sys::Oid, claimed: &Claimed, result: Opt
     let Some((row, is_quiet)) = on_named(text, &[named.name()], &args, read)?.into_iter().next() else {
         return Ok(false);
     };
-    if is_quiet && let Some(moved) = move_directly(place, &[(row, claimed.id)], &[result.map(str::to_owned)], None)? {
+    if is_quiet && let Some(moved) = move_directly(place, &[(row, claimed.id)], &[payload(result)], None)? {
         wake::ended(&[claimed.id]);
         return Ok(moved);
     }
@@ -104,7 +104,7 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
     let given = "ROWS FROM (pg_catalog.unnest($1::bigint[]), pg_catalog.unnest($2::text[])) d (id, payload)";
     let condition = "j.id = d.id AND j.token = $3 AND j.state = 'processing'";
     let ids: Vec<i64> = results.iter().map(|(id, _)| *id).collect();
-    let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result)).collect();
+    let payloads: Vec<Option<String>> = results.iter().map(|(_, result)| payload(result.as_deref())).collect();
     let args = [ids.clone().into(), payloads.into(), Text(token.clone()).into()];
     let mut changed = by_hashing(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
     if changed < results.len() {
@@ -119,9 +119,9 @@ pub fn succeed_all(place: pg_sys::Oid, token: &Token, results: &[(i64, Option<St
 /// work. False when one of them is not as it was, so that the transaction must not be committed.
 pub fn succeed_at_once(jobs: &[(&Locked, Option<String>)], began: TimestampWithTimeZone) -> Outcome<bool> {
     let Some((first, _)) = jobs.first() else { return Ok(true) };
-    let (rows, results): (Vec<_>, Vec<_>) =
-        jobs.iter().map(|(job, result)| ((job.row, job.id), result.clone())).unzip();
-    let moved = match move_directly(first.place, &rows, &results, Some(began))? {
+    let (rows, payloads): (Vec<_>, Vec<_>) =
+        jobs.iter().map(|(job, result)| ((job.row, job.id), payload(result.as_deref()))).unzip();
+    let moved = match move_directly(first.place, &rows, &payloads, Some(began))? {
         Some(moved) => moved,
         None => move_by_sql(first.place, jobs, began)?,
     };
@@ -176,18 +176,17 @@ fn layout(table: &direct::Table, changes: &[Ended]) -> Option<Vec<Option<Make>>>
     (layout.iter().flatten().count() == changes.len()).then_some(layout)
 }
 
-/// The short way (`direct`) of jobs that this transaction has locked where they are, with their ids and their results, `began` for
+/// The short way (`direct`) of jobs that this transaction has locked where they are, with their ids and their payloads, `began` for
 /// those that were never `processing`; None where the long one must be gone.
 fn move_directly(
     place: pg_sys::Oid,
     jobs: &[(pg_sys::ItemPointerData, i64)],
-    results: &[Option<String>],
+    payloads: &[Option<String>],
     began: Option<TimestampWithTimeZone>,
 ) -> Outcome<Option<bool>> {
     let table = table()?;
     let changes = [&BY_AN_END[..], if began.is_some() { &AT_ONCE } else { &[] }].concat();
     let ended = TimestampWithTimeZone::try_from(worker::now()).map_err(internal)?;
-    let payloads: Vec<Option<String>> = results.iter().map(payload).collect();
     let value = |layout: &Vec<Option<Make>>, row: usize, column: usize| {
         let payload = payloads.get(row).and_then(Option::as_deref);
         match layout.get(column).copied().flatten() {
@@ -210,7 +209,7 @@ fn move_by_sql(place: pg_sys::Oid, jobs: &[(&Locked, Option<String>)], began: Ti
     let condition = "j.ctid = d.place AND j.id = d.id AND j.state = 'created' AND j.ready";
     let places: Vec<pg_sys::ItemPointerData> = jobs.iter().map(|(job, _)| job.row).collect();
     let ids: Vec<i64> = jobs.iter().map(|(job, _)| job.id).collect();
-    let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result)).collect();
+    let payloads: Vec<Option<String>> = jobs.iter().map(|(_, result)| payload(result.as_deref())).collect();
     let args = [places.into(), ids.into(), payloads.into(), began.into()];
     let changed = by_places(|| end(&Place::of(place)?, condition, given, &changes, &args))?;
     Ok(changed == jobs.len())

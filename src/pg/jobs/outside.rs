@@ -192,7 +192,8 @@ thread_local! {
     static LAST: RefCell<Option<(Token, Found)>> = const { RefCell::new(None) };
 }
 
-/// Does something where the jobs of that token were found the last time, and if this one is not there, where it is now.
+/// Does something where the jobs of that token were found the last time, and if nothing comes of it, where this one is now. None for
+/// a runner that has lost it.
 fn found_by<T>(claimed: &Claimed, work: impl Fn(&Found) -> Outcome<Option<T>>) -> Outcome<Option<T>> {
     let last =
         LAST.with_borrow(|last| last.as_ref().filter(|(token, _)| *token == claimed.token).map(|(_, found)| *found));
