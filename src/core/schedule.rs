@@ -88,9 +88,10 @@ impl Expression {
     /// The first moment after `now` (both in seconds since 1970) at which it is due; None when there is none in the next
     /// 50 years.
     ///
-    /// A time that does not exist since the clocks are set forward is due at the moment they are; one that exists twice
-    /// is due the first time only. An expression that matches in every hour (`*/10 * * * *`, `@hourly`) means an
-    /// interval: it goes by elapsed time, without a pause or a burst when the clocks change.
+    /// A time on the wall is due when the clocks first show it or are past it: one that does not exist since they are
+    /// set forward, at the moment they are; one that exists twice, the first time only. An expression that matches in
+    /// every hour (`*/10 * * * *`, `@hourly`) means an interval: it goes by elapsed time, without a pause or a burst when
+    /// the clocks change.
     pub fn next(&self, now: i64, zone: &impl Zone) -> Option<i64> {
         let mut span = zone.span(now);
         // The first time on the wall that has not been yet.
