@@ -10,6 +10,7 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
 };
 use pgrx::{FromDatum, IntoDatum};
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int};
 
 /// A `text` or `varchar` value in UTF-8.
@@ -36,6 +37,11 @@ impl Jsonb {
         datum.and_then(|datum| unsafe { Jsonb::from_datum(datum, false) }).unwrap_or_else(|| Jsonb(Box::default()))
     }
 
+    /// The value itself, not a copy: for as long as this lives.
+    pub fn datum(&self) -> Datum {
+        Datum::from(self.0.as_ptr())
+    }
+
     /// In bytes.
     pub fn size(&self) -> usize {
         size_of_val(&*self.0)
@@ -44,7 +50,7 @@ impl Jsonb {
     /// As JSON text in UTF-8.
     pub fn text(&self) -> String {
         // SAFETY: what stands here is a jsonb.
-        unsafe { JsonbText::from_datum(Datum::from(self.0.as_ptr()), false) }.map(|json| json.0).unwrap_or_default()
+        unsafe { JsonbText::from_datum(self.datum(), false) }.map(|json| json.0).unwrap_or_default()
     }
 
     /// How many elements the array has; None when it is none.
@@ -68,14 +74,32 @@ impl Jsonb {
     }
 }
 
+thread_local! {
+    /// What `is_utf8` has found out.
+    static IS_UTF8: Cell<Option<bool>> = const { Cell::new(None) };
+}
+
+/// Whether the database's encoding is UTF-8, so that nothing is to be converted.
+fn is_utf8() -> bool {
+    IS_UTF8.get().unwrap_or_else(|| {
+        // SAFETY: plain values of the session. A process stays with its database; before it has one, nothing is known.
+        let (encoding, database) = unsafe { (pg_sys::GetDatabaseEncoding(), pg_sys::MyDatabaseId) };
+        let is_utf8 = encoding == pg_sys::pg_enc::PG_UTF8 as c_int;
+        if database != pg_sys::InvalidOid {
+            IS_UTF8.set(Some(is_utf8));
+        }
+        is_utf8
+    })
+}
+
 /// Bytes in the server's encoding as UTF-8. Raises 22P05 where PostgreSQL cannot convert.
 fn to_utf8(bytes: &[u8]) -> String {
+    if is_utf8() {
+        return String::from_utf8_lossy(bytes).into_owned();
+    }
     let utf8 = pg_sys::pg_enc::PG_UTF8 as c_int;
     // SAFETY: the conversion reads `len` bytes and answers the same pointer or a palloc'd C string.
     unsafe {
-        if pg_sys::GetDatabaseEncoding() == utf8 {
-            return String::from_utf8_lossy(bytes).into_owned();
-        }
         let len = c_int::try_from(bytes.len()).unwrap_or(c_int::MAX);
         let from = bytes.as_ptr().cast::<c_char>();
         let to = pg_sys::pg_server_to_any(from, len, utf8);
@@ -89,12 +113,12 @@ fn to_utf8(bytes: &[u8]) -> String {
 
 /// UTF-8 as bytes in the server's encoding. Raises 22P05 where PostgreSQL cannot convert.
 fn from_utf8(text: &str) -> Cow<'_, [u8]> {
+    if is_utf8() {
+        return Cow::Borrowed(text.as_bytes());
+    }
     let utf8 = pg_sys::pg_enc::PG_UTF8 as c_int;
     // SAFETY: as in `to_utf8`.
     unsafe {
-        if pg_sys::GetDatabaseEncoding() == utf8 {
-            return Cow::Borrowed(text.as_bytes());
-        }
         let len = c_int::try_from(text.len()).unwrap_or(c_int::MAX);
         let from = text.as_ptr().cast::<c_char>();
         let to = pg_sys::pg_any_to_server(from, len, utf8);

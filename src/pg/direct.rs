@@ -12,16 +12,18 @@ use std::collections::BTreeMap;
 use std::ffi::CStr;
 
 thread_local! {
-    /// What indexes are made of, by their OIDs.
-    static KNOWN: RefCell<BTreeMap<u32, Compiled>> = const { RefCell::new(BTreeMap::new()) };
+    /// By the indexes' OIDs.
+    static KNOWN: RefCell<BTreeMap<u32, Known>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-/// An index's predicate and expressions, ready to be evaluated. Kept for the life of the process: to compile them for each row
-/// costs more than the rest of its way into the indexes.
+/// What is known of an index, in the life of which it does not change. Kept for that of the process: to find it out for each row
+/// costs more than the rest of the row's way into the indexes.
 #[derive(Clone, Copy)]
-struct Compiled {
+struct Known {
+    /// Its description, predicate and expressions compiled.
+    info: *mut pg_sys::IndexInfo,
+    /// The predicate's, NULL for none: after a wait, a look into the description is one more into memory.
     predicate: *mut pg_sys::ExprState,
-    expressions: *mut pg_sys::List,
 }
 
 /// An open table.
@@ -226,11 +228,10 @@ unsafe fn with_indexes<T>(
     unsafe {
         let state = pg_sys::CreateExecutorState();
         let context = pg_sys::MemoryContextSwitchTo((*state).es_query_cxt);
+        // As InitResultRelInfo has it for a table that no statement's range table has, without a copy of its triggers.
         let result = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
         (*result).type_ = pg_sys::NodeTag::T_ResultRelInfo;
-        // 0: no statement's range table has it.
-        pg_sys::InitResultRelInfo(result, relation, 0, std::ptr::null_mut(), 0);
-        (*result).ri_TrigDesc = std::ptr::null_mut();
+        (*result).ri_RelationDesc = relation;
         let done = match prepare(result, relation, indexes) {
             None => None,
             Some(closed) => {
@@ -265,8 +266,8 @@ unsafe fn prepare(
         let mut closed = Vec::with_capacity(oids.len());
         for cell in oids {
             let oid = cell.oid_value;
-            match KNOWN.with_borrow(|known| known.get(&u32::from(oid)).copied()) {
-                Some(compiled) if !compiled.predicate.is_null() => closed.push((oid, compiled.predicate)),
+            match known(oid) {
+                Some(known) if !known.predicate.is_null() => closed.push((oid, known.predicate)),
                 _ => open(result, oid, indexes).then_some(())?,
             }
         }
@@ -281,7 +282,11 @@ unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: In
     // SAFETY: the caller's: ExecOpenIndices for one index. What is open is closed by ExecCloseIndices.
     unsafe {
         let relation = pg_sys::index_open(oid, pg_sys::RowExclusiveLock as pg_sys::LOCKMODE);
-        let info = pg_sys::BuildIndexInfo(relation);
+        // B-trees keep nothing in it from row to row.
+        let is_shared = (*(*relation).rd_rel).relam == pg_sys::BTREE_AM_OID;
+        let known = known(oid);
+        let info = known.filter(|_| is_shared).map(|known| known.info);
+        let info = info.unwrap_or_else(|| pg_sys::BuildIndexInfo(relation));
         let place = usize::try_from((*result).ri_NumIndices).unwrap_or(0);
         *(*result).ri_IndexRelationDescs.add(place) = relation;
         *(*result).ri_IndexRelationInfo.add(place) = info;
@@ -290,36 +295,37 @@ unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: In
         if !(*(*relation).rd_index).indimmediate || !is_simple && indexes == Indexes::Anybodys {
             return false;
         }
-        if !is_simple {
-            let known = KNOWN.with_borrow(|known| known.get(&u32::from(oid)).copied());
-            let compiled = known.unwrap_or_else(|| compile(info));
-            KNOWN.with_borrow_mut(|known| known.insert(u32::from(oid), compiled));
-            (*info).ii_PredicateState = compiled.predicate;
-            (*info).ii_ExpressionsState = compiled.expressions;
-        }
+        let known = known.unwrap_or_else(|| learn(relation, oid));
+        (*info).ii_PredicateState = known.predicate;
+        (*info).ii_ExpressionsState = (*known.info).ii_ExpressionsState;
+        (*info).ii_ReadyForInserts = (*(*relation).rd_index).indisready;
         true
     }
 }
 
-/// Compiles what an index is made of, as execIndexing.c does it at each first row of a statement.
+fn known(index: pg_sys::Oid) -> Option<Known> {
+    KNOWN.with_borrow(|known| known.get(&u32::from(index)).copied())
+}
+
+/// Describes an index for good, and compiles what it is made of as execIndexing.c does it at each first row of a statement.
 ///
-/// SAFETY: a valid description of an index.
-unsafe fn compile(info: *mut pg_sys::IndexInfo) -> Compiled {
-    // SAFETY: copies of the expressions, in memory that lives as long as the process.
+/// SAFETY: an open index.
+unsafe fn learn(relation: pg_sys::Relation, oid: pg_sys::Oid) -> Known {
+    // SAFETY: the caller's. All of it is made in memory that lives as long as the process.
     unsafe {
         let context = pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
-        let copy = |list: *mut pg_sys::List| pg_sys::copyObjectImpl(list.cast()).cast::<pg_sys::List>();
-        let predicate = match (*info).ii_Predicate {
-            none if none.is_null() => std::ptr::null_mut(),
-            list => pg_sys::ExecInitQual(copy(list), std::ptr::null_mut()),
-        };
-        let mut expressions = std::ptr::null_mut();
-        for cell in ffi::cells(copy((*info).ii_Expressions)) {
+        let info = pg_sys::BuildIndexInfo(relation);
+        if !(*info).ii_Predicate.is_null() {
+            (*info).ii_PredicateState = pg_sys::ExecInitQual((*info).ii_Predicate, std::ptr::null_mut());
+        }
+        for cell in ffi::cells((*info).ii_Expressions) {
             let state = pg_sys::ExecInitExpr(cell.ptr_value.cast(), std::ptr::null_mut());
-            expressions = pg_sys::lappend(expressions, state.cast());
+            (*info).ii_ExpressionsState = pg_sys::lappend((*info).ii_ExpressionsState, state.cast());
         }
         pg_sys::MemoryContextSwitchTo(context);
-        Compiled { predicate, expressions }
+        let known = Known { info, predicate: (*info).ii_PredicateState };
+        KNOWN.with_borrow_mut(|all| all.insert(u32::from(oid), known));
+        known
     }
 }
 
@@ -344,14 +350,13 @@ impl Rows {
                 *place = datum.unwrap_or(pg_sys::Datum::from(0));
             }
             pg_sys::ExecStoreVirtualTuple(self.slot);
-            let belongs =
-                |closed: &mut (pg_sys::Oid, *mut pg_sys::ExprState)| ffi::holds(closed.1, self.state, self.slot);
-            let due: Vec<_> = self.closed.extract_if(.., belongs).collect();
-            pg_sys::MemoryContextSwitchTo(context);
-            for (oid, _) in due {
+            while let Some(next) = ffi::first_held(&self.closed, self.state, self.slot) {
+                pg_sys::MemoryContextSwitchTo(context);
                 // It was allowed when it was first met.
-                open(self.result, oid, Indexes::Superusers);
+                open(self.result, self.closed.remove(next).0, Indexes::Superusers);
+                pg_sys::MemoryContextSwitchTo(memory);
             }
+            pg_sys::MemoryContextSwitchTo(context);
             pg_sys::ExecSimpleRelationInsert(self.result, self.state, self.slot);
             ffi::clear(self.slot);
             pg_sys::MemoryContextReset(memory);

@@ -110,23 +110,26 @@ pub unsafe fn fetch(
     }
 }
 
-/// Whether a row in a slot fulfils a compiled condition (ExecQual of executor/executor.h).
+/// Which is the first of these compiled conditions that a row in a slot fulfils (ExecQual of executor/executor.h). All are
+/// looked at under one guard, as each costs more than many a condition.
 ///
 /// # Safety
-/// A valid condition, and an executor's state that has a context for each tuple.
-pub unsafe fn holds(
-    condition: *mut pg_sys::ExprState,
+/// Valid conditions, and an executor's state that has a context for each tuple.
+pub unsafe fn first_held<T>(
+    conditions: &[(T, *mut pg_sys::ExprState)],
     state: *mut pg_sys::EState,
     slot: *mut pg_sys::TupleTableSlot,
-) -> bool {
+) -> Option<usize> {
     // SAFETY: the caller's; a compiled expression has the function that evaluates it.
     unsafe {
         let context = (*state).es_per_tuple_exprcontext;
         (*context).ecxt_scantuple = slot;
         let mut is_null = false;
-        (*condition)
-            .evalfunc
-            .is_none_or(|evaluate| guarded(|| evaluate(condition, context, &raw mut is_null)).value() != 0)
+        let mut holds = |condition: *mut pg_sys::ExprState| {
+            let evaluate = (*condition).evalfunc;
+            evaluate.is_none_or(|evaluate| evaluate(condition, context, &raw mut is_null).value() != 0)
+        };
+        guarded(|| conditions.iter().position(|(_, condition)| holds(*condition)))
     }
 }
 

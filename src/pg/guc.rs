@@ -6,7 +6,9 @@ use crate::core::queues::Limits;
 use crate::core::settings::{AuthMethod, Settings};
 use pgrx::prelude::*;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
+use std::rc::Rc;
 use std::time::Duration;
 
 type Text = GucSetting<Option<CString>>;
@@ -325,9 +327,26 @@ pub fn odoo_jobs() -> u32 {
     positive(&ODOO_JOBS) as u32
 }
 
+thread_local! {
+    /// What `queues` last read, and from what.
+    static LIMITS: RefCell<(CString, Rc<Limits>)> = RefCell::default();
+}
+
 /// The limits of queues (`imbus.queues`).
-pub fn queues() -> Limits {
-    Limits::parse(&text(&QUEUES)).unwrap_or_default()
+pub fn queues() -> Rc<Limits> {
+    worker::assert_main_thread();
+    // SAFETY: a C string of the setting's, or NULL; it stays until the setting is set again.
+    let set = unsafe {
+        let set = *QUEUES.as_ptr();
+        if set.is_null() { c"" } else { CStr::from_ptr(set) }
+    };
+    LIMITS.with_borrow_mut(|(text, limits)| {
+        if text.as_c_str() != set {
+            *limits = Rc::new(Limits::parse(&lossy(set)).unwrap_or_default());
+            *text = set.to_owned();
+        }
+        Rc::clone(limits)
+    })
 }
 
 /// The key of the tokens: the setting, or else the secret kept in the data directory.

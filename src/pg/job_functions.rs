@@ -13,7 +13,9 @@ use crate::core::error::Error;
 use crate::core::job;
 use pgrx::datum::{Interval, TimestampWithTimeZone};
 use pgrx::prelude::*;
+use std::borrow::Cow;
 use std::cell::RefCell;
+use std::rc::Rc;
 
 /// The optional arguments that `ir_async_call` and `ir_async_call_notify` share.
 #[derive(Default)]
@@ -54,15 +56,15 @@ impl Options {
 /// What the jobs of one call have in common.
 pub(super) struct Call {
     role: pg_sys::Oid,
-    search_path: String,
+    search_path: Rc<str>,
 }
 
 /// A target as it is asked for: its text, how it is called, search_path, role.
-type Asked = (String, Shape, String, pg_sys::Oid);
+type Asked = (String, Shape, Rc<str>, pg_sys::Oid);
 
 thread_local! {
     /// What targets mean, while nothing changes in the catalogs.
-    static RESOLVED: RefCell<Remembered<Asked, String>> = RefCell::default();
+    static RESOLVED: RefCell<Remembered<Asked, Rc<str>>> = RefCell::default();
     /// The roles that can run jobs.
     static ROLES: RefCell<Remembered<pg_sys::Oid, ()>> = RefCell::default();
 }
@@ -90,14 +92,14 @@ impl Call {
             let reason = "it must be at least 1".into();
             return Err(Error::Argument { argument: "max_attempts", value, reason }.into());
         }
-        let queue = options.queue.map_or_else(|| "default".to_owned(), |text| text.0);
+        let queue = options.queue.map_or(Cow::Borrowed("default"), |text| Cow::Owned(text.0));
         // What a runner outside is to do is its own business, and Odoo knows its methods.
         let is_function = model.name.is_none() && guc::queues().of(&queue) != Some(0);
         let signature = if is_function {
-            let asked = (target, shape, self.search_path.clone(), self.role);
-            remembered(&RESOLVED, asked, |(target, shape, ..)| call::resolve(target, shape))?
+            let asked = (target, shape, Rc::clone(&self.search_path), self.role);
+            remembered(&RESOLVED, asked, |(target, shape, ..)| Ok(call::resolve(target, shape)?.into()))?
         } else {
-            target
+            target.into()
         };
         Ok(jobs::New {
             target: signature,
@@ -117,7 +119,7 @@ impl Call {
             user_id: options.user_id,
             context: options.context,
             role: self.role,
-            search_path: self.search_path.clone(),
+            search_path: Rc::clone(&self.search_path),
         })
     }
 }
@@ -209,9 +211,9 @@ fn wanted_job(row: &sql::Row) -> Outcome<(Job, Option<JsonbText>)> {
 }
 
 /// The search_path in force: the job runs with it.
-fn search_path() -> String {
+fn search_path() -> Rc<str> {
     // SAFETY: PostgreSQL's own copy of the setting, never NULL once a session runs.
-    unsafe { std::ffi::CStr::from_ptr(pg_sys::namespace_search_path) }.to_string_lossy().into_owned()
+    unsafe { std::ffi::CStr::from_ptr(pg_sys::namespace_search_path) }.to_string_lossy().into()
 }
 
 /// The current user, who must be able to connect, because the job will (SPEC section 11). Errors: 42501.

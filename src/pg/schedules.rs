@@ -6,7 +6,7 @@ mod due;
 pub use due::Schedules;
 
 use super::bus;
-use super::datum::{Jsonb, JsonbText, Text};
+use super::datum::{Jsonb, JsonbText, Str, Text};
 use super::functions::{channel, filled};
 use super::job_functions::{Call, Job, Options};
 use super::jobs::New;
@@ -117,13 +117,13 @@ fn keep(made: Made) -> Outcome<Option<i64>> {
         (next as f64).into(),
         overlap.into(),
         job.role.into(),
-        Text(job.search_path).into(),
+        Str(&job.search_path).into(),
         job.description.map(Text).into(),
-        Text(job.target).into(),
+        Str(&job.target).into(),
         job.args.into(),
         job.kwargs.into(),
         job.notify.map(|channel| Text(channel.stored(&database))).into(),
-        Text(job.queue).into(),
+        Str(&job.queue).into(),
         job.priority.into(),
         job.max_attempts.into(),
         job.retry_delay.into(),

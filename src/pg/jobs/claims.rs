@@ -14,6 +14,7 @@ use pgrx::datum::{DatumWithOid, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::rc::Rc;
 
 /// Blocked jobs looked at in one go, for those whose dependencies have ended.
 const BLOCKED: i64 = 1_000;
@@ -80,7 +81,7 @@ pub fn taken(limits: &Limits) -> Outcome<HashMap<String, usize>> {
 
 /// How many more jobs of each queue may be processed.
 pub struct Room {
-    limits: Limits,
+    limits: Rc<Limits>,
     taken: HashMap<String, usize>,
 }
 

@@ -11,6 +11,7 @@ use crate::pg::{bus, catalog, guc, wake, worker};
 use pgrx::datum::{DatumWithOid, Interval, TimestampWithTimeZone};
 use pgrx::pg_sys::panic::ErrorReportable;
 use pgrx::prelude::*;
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -40,12 +41,12 @@ pub struct Model {
 
 /// A job to enqueue, its arguments checked.
 pub struct New {
-    pub target: String,
+    pub target: Rc<str>,
     pub args: Jsonb,
     pub kwargs: Jsonb,
     pub description: Option<String>,
     pub notify: Option<Channel>,
-    pub queue: String,
+    pub queue: Cow<'static, str>,
     pub priority: i32,
     pub run_at: Option<TimestampWithTimeZone>,
     pub max_attempts: i32,
@@ -57,7 +58,7 @@ pub struct New {
     pub user_id: Option<i32>,
     pub context: Option<Jsonb>,
     pub role: pg_sys::Oid,
-    pub search_path: String,
+    pub search_path: Rc<str>,
 }
 
 impl New {
@@ -87,8 +88,12 @@ struct Row<'a> {
 /// What a failed attempt waits for the next one unless its enqueuer says otherwise, in microseconds.
 const RETRY_DELAY: i64 = 10_000_000;
 
-/// Makes a column's value.
+/// Makes a column's value; it may be a part of the row.
 type Make = fn(&Row<'_>) -> Option<pg_sys::Datum>;
+
+fn stored(json: Option<&Jsonb>) -> Option<pg_sys::Datum> {
+    json.map(Jsonb::datum)
+}
 
 /// A column: its name, its type and what stands there.
 type Column = (&'static str, pg_sys::Oid, Make);
@@ -104,12 +109,12 @@ const COLUMNS: [Column; 28] = {
         ("name", VARCHAROID, |row| row.new.description.as_deref().map(Str).into_datum()),
         ("state", VARCHAROID, |_| Str(State::Created.as_str()).into_datum()),
         ("res_model", VARCHAROID, |row| row.new.model.name.as_deref().map(Str).into_datum()),
-        ("res_ids", JSONBOID, |row| row.new.model.res_ids.as_ref().into_datum()),
+        ("res_ids", JSONBOID, |row| stored(row.new.model.res_ids.as_ref())),
         ("method", VARCHAROID, |row| Str(&row.new.target).into_datum()),
-        ("args", JSONBOID, |row| (&row.new.args).into_datum()),
-        ("kwargs", JSONBOID, |row| (&row.new.kwargs).into_datum()),
+        ("args", JSONBOID, |row| stored(Some(&row.new.args))),
+        ("kwargs", JSONBOID, |row| stored(Some(&row.new.kwargs))),
         ("user_id", INT4OID, |row| row.new.user_id.into_datum()),
-        ("context", JSONBOID, |row| row.new.context.as_ref().into_datum()),
+        ("context", JSONBOID, |row| stored(row.new.context.as_ref())),
         ("super_user", BOOLOID, |row| row.new.model.su.into_datum()),
         ("role", OIDOID, |row| row.new.role.into_datum()),
         ("search_path", TEXTOID, |row| Str(&row.new.search_path).into_datum()),
@@ -125,7 +130,7 @@ const COLUMNS: [Column; 28] = {
         ("identity_key", VARCHAROID, |row| row.new.identity_key.as_deref().map(Str).into_datum()),
         ("depends_on", INT8ARRAYOID, |row| row.new.depends_on.clone().into_datum()),
         ("ready", BOOLOID, |row| row.new.is_ready().into_datum()),
-        ("errors", JSONBOID, |row| row.no_errors.into_datum()),
+        ("errors", JSONBOID, |row| stored(Some(row.no_errors))),
     ]
 };
 
@@ -285,7 +290,7 @@ fn insert(table: &Table, to: &str, new: &New, on_conflict: &str) -> Outcome<Vec<
     let values: Vec<String> = (1..=COLUMNS.len()).map(|number| format!("${number}")).collect();
     let text = format!("INSERT INTO NEXT ({names}) VALUES ({}) {on_conflict} RETURNING id", values.join(", "));
     let inserted = with_rows(table, std::slice::from_ref(new), |row| {
-        // SAFETY: of the type that stands beside it.
+        // SAFETY: of the type that stands beside it; the row stays until the statement has run.
         let args = COLUMNS.map(|(_, of, make)| unsafe { DatumWithOid::new(make(row), of) });
         as_own(|| on_named(&text, &[("NEXT", to)], &args, |row| row.need::<i64>(1)))
     });

@@ -198,14 +198,14 @@ fn take(id: i64) -> Outcome<Option<Due>> {
 fn job(row: &Row) -> Outcome<New> {
     Ok(New {
         role: row.need(6)?,
-        search_path: row.text(7)?,
+        search_path: row.text(7)?.into(),
         run_at: row.get(8)?,
         description: row.get::<Text>(9)?.map(|text| text.0),
-        target: row.text(10)?,
+        target: row.text(10)?.into(),
         args: row.get(11)?.unwrap_or_else(|| Jsonb::parse("[]")),
         kwargs: row.get(12)?.unwrap_or_else(|| Jsonb::parse("{}")),
         notify: row.get::<Text>(13)?.map(|text| jobs::stored_channel(&text.0)).transpose()?.flatten(),
-        queue: row.text(14)?,
+        queue: row.text(14)?.into(),
         priority: row.need(15)?,
         max_attempts: row.need(16)?,
         retry_delay: row.get(17)?,
