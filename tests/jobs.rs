@@ -566,6 +566,45 @@ fn a_trigger_put_on_the_table_fires_in_a_session_with_an_older_snapshot_and_ever
 }
 
 #[test]
+fn an_index_of_the_administrators_own_is_right_whatever_it_is_made_of() {
+    let cluster = shared();
+    let mut sql = cluster.database("j_own_index");
+    let on_each = |sql: &mut Client, statements: &str| {
+        let run = format!("DO $$ BEGIN FOR n IN 1..3 LOOP EXECUTE format({statements}, n); END LOOP; END $$");
+        sql.batch_execute(&run).unwrap();
+    };
+    let enqueue = |sql: &mut Client| {
+        for _ in 0..10 {
+            call(sql, "'noop', run_at => now() + interval '1 hour'");
+        }
+    };
+    let found = |sql: &mut Client| {
+        number(sql, "SELECT count(*) FROM ir_async WHERE ending(method) = 'public.noop() 1' AND ending(method) > ''")
+    };
+    sql.batch_execute(
+        "CREATE FUNCTION noop() RETURNS void LANGUAGE sql AS '';
+         CREATE FUNCTION ending(method text) RETURNS text IMMUTABLE LANGUAGE sql AS $$ SELECT method || ' 1' $$;
+         SET enable_seqscan = off",
+    )
+    .unwrap();
+    // Put in line, and kept compiled.
+    let of_columns = "'CREATE INDEX ON ir_async_%1$s (ending(method)) WHERE ending(method) > '''''";
+    on_each(&mut sql, of_columns);
+    enqueue(&mut sql);
+    assert_eq!((found(&mut sql), number(&mut sql, "SELECT count(*) FROM ONLY ir_async")), (10, 0));
+    // Compiled, this one would look for what went with the statement before.
+    let of_the_row = "'CREATE FUNCTION whole(job ir_async_%1$s) RETURNS text IMMUTABLE LANGUAGE plpgsql
+                           AS ''BEGIN RETURN job.method || job.priority; END'';
+                       CREATE INDEX ON ir_async_%1$s (whole(ir_async_%1$s))'";
+    on_each(&mut sql, of_the_row);
+    enqueue(&mut sql);
+    assert_eq!(found(&mut sql), 20);
+    let through_it = "SELECT count(*) FROM ir_async_1 j WHERE whole(j) = 'public.noop()10'";
+    assert_eq!(number(&mut sql, through_it), 10);
+    assert_eq!(number(&mut sql, "SELECT count(*) FROM ONLY ir_async"), 10);
+}
+
+#[test]
 fn a_job_waits_for_those_it_depends_on() {
     let cluster = shared();
     let mut sql = cluster.database("j_depends");

@@ -14,8 +14,9 @@ const LENGTH_MAX: usize = 512;
 const YEARS: i32 = 50;
 /// Changes of a zone's clocks that are looked at; a zone has two a year.
 const CHANGES_MAX: usize = 4 * YEARS as usize;
-/// A change of the clocks sets them by a day at most (Samoa, 2011); a zone that somebody made up, by less than two.
-const CHANGE_MAX: i64 = 2 * DAY;
+/// A change of the clocks sets them by a day at most (Samoa, 2011); in a zone that somebody made up by twice 168 hours, as far as
+/// PostgreSQL lets it be ahead or behind (pgtz's localtime.c, getsecs).
+const CHANGE_MAX: i64 = 14 * DAY;
 
 /// Names for expressions, as Vixie cron has them.
 const NAMES: [(&str, &str); 7] = [

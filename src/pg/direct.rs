@@ -9,7 +9,7 @@ use super::report::Outcome;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 
 thread_local! {
     /// By the indexes' OIDs.
@@ -275,7 +275,7 @@ unsafe fn prepare(
     }
 }
 
-/// Opens one more index and makes it ready; false if it may not be one of this kind.
+/// Opens one more index and makes it ready; false if it may not be one of this kind, or if what it is made of cannot be kept.
 ///
 /// SAFETY: as in `prepare`, with a place left.
 unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: Indexes) -> bool {
@@ -295,6 +295,9 @@ unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: In
         if !(*(*relation).rd_index).indimmediate || !is_simple && indexes == Indexes::Anybodys {
             return false;
         }
+        if known.is_none() && !is_simple && !is_lasting(info) {
+            return false;
+        }
         let known = known.unwrap_or_else(|| learn(relation, oid));
         (*info).ii_PredicateState = known.predicate;
         (*info).ii_ExpressionsState = (*known.info).ii_ExpressionsState;
@@ -305,6 +308,38 @@ unsafe fn open(result: *mut pg_sys::ResultRelInfo, oid: pg_sys::Oid, indexes: In
 
 fn known(index: pg_sys::Oid) -> Option<Known> {
     KNOWN.with_borrow(|known| known.get(&u32::from(index)).copied())
+}
+
+/// Whether what an index is made of can be kept compiled: columns and constants, operators and functions of them. A whole row, for
+/// one, keeps its description in the memory of the executor that it is first evaluated in.
+///
+/// SAFETY: a valid description of an index.
+unsafe fn is_lasting(info: *mut pg_sys::IndexInfo) -> bool {
+    // SAFETY: the caller's; lists of expressions or NULL.
+    unsafe {
+        let parts = [(*info).ii_Expressions, (*info).ii_Predicate];
+        !ffi::guarded(|| parts.iter().any(|part| is_fleeting(part.cast(), std::ptr::null_mut())))
+    }
+}
+
+/// Whether anything in an expression is not known to last.
+///
+/// SAFETY: a node of an expression, or NULL.
+unsafe extern "C-unwind" fn is_fleeting(node: *mut pg_sys::Node, context: *mut c_void) -> bool {
+    use pg_sys::NodeTag::*;
+    // SAFETY: the caller's; the cast follows the tag.
+    unsafe {
+        if node.is_null() {
+            return false;
+        }
+        let lasts = match (*node).type_ {
+            T_Var => (*node.cast::<pg_sys::Var>()).varattno > 0,
+            T_List | T_Const | T_FuncExpr | T_OpExpr | T_ScalarArrayOpExpr | T_BoolExpr | T_NullTest | T_CaseExpr
+            | T_CaseWhen | T_CaseTestExpr | T_RelabelType => true,
+            _ => false,
+        };
+        !lasts || ffi::expression_tree_walker(node, Some(is_fleeting), context)
+    }
 }
 
 /// Describes an index for good, and compiles what it is made of as execIndexing.c does it at each first row of a statement.

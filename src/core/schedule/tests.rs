@@ -206,6 +206,15 @@ fn a_time_that_was_skipped_does_not_come_again_when_the_clocks_are_set_back_soon
 }
 
 #[test]
+fn days_that_were_seen_do_not_come_again_however_far_the_clocks_are_set_back() {
+    // From four days ahead to four days behind: it was 14 October already.
+    let zone = Changes { first: 4 * DAY, then: vec![(at("2026-10-10 00:00:00"), -4 * DAY)] };
+    for now in ["2026-10-10 12:00:00", "2026-10-14 00:00:00", "2026-10-17 12:00:00"] {
+        assert_eq!(due("0 12 * * *", now, &zone, 1), ["2026-10-18 12:00:00"], "{now}");
+    }
+}
+
+#[test]
 fn days_and_dates_agree() {
     for day in -800_000..800_000 {
         let (year, month, of_month) = date(day).unwrap();
