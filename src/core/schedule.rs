@@ -15,7 +15,7 @@ const YEARS: i32 = 50;
 /// Changes of a zone's clocks that are looked at; a zone has two a year.
 const CHANGES_MAX: usize = 4 * YEARS as usize;
 /// A change of the clocks sets them by a day at most (Samoa, 2011); in a zone that somebody made up by twice 168 hours, as far as
-/// PostgreSQL lets it be ahead or behind (pgtz's localtime.c, getsecs).
+/// PostgreSQL lets it be ahead or behind (getsecs of timezone/localtime.c).
 const CHANGE_MAX: i64 = 14 * DAY;
 
 /// Names for expressions, as Vixie cron has them.

@@ -91,6 +91,7 @@ const RETRY_DELAY: i64 = 10_000_000;
 /// Makes a column's value; it may be a part of the row.
 type Make = fn(&Row<'_>) -> Option<pg_sys::Datum>;
 
+/// What is stored as it came, not copied.
 fn stored(json: Option<&Jsonb>) -> Option<pg_sys::Datum> {
     json.map(Jsonb::datum)
 }
