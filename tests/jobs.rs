@@ -605,6 +605,26 @@ fn an_index_of_the_administrators_own_is_right_whatever_it_is_made_of() {
 }
 
 #[test]
+fn a_database_of_another_encoding_keeps_its_words() {
+    let cluster = shared();
+    let create = "CREATE DATABASE j_latin1 ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0";
+    cluster.connect("postgres").batch_execute(create).unwrap();
+    // What the client sends and reads is UTF-8, what is stored is not.
+    let mut sql = cluster.connect("j_latin1");
+    sql.batch_execute(
+        "CREATE EXTENSION imbus;
+         CREATE FUNCTION thanks(who text) RETURNS text LANGUAGE sql AS $$ SELECT 'schönen Dank, ' || who $$",
+    )
+    .unwrap();
+    cluster.wait_served("j_latin1");
+    let id = call(&mut sql, r#"'thanks', '["Æsa"]', description => 'Größe', queue => 'früh'"#);
+    assert_eq!(result(&mut sql, id), "schönen Dank, Æsa");
+    let found = status(&mut sql, id);
+    assert_eq!((&found["name"], &found["queue"]), (&json!("Größe"), &json!("früh")));
+    assert_eq!(number(&mut sql, "SELECT octet_length(name) FROM ir_async"), 5);
+}
+
+#[test]
 fn a_job_waits_for_those_it_depends_on() {
     let cluster = shared();
     let mut sql = cluster.database("j_depends");
